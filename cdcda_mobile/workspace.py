@@ -1,0 +1,127 @@
+"""Where a user's runs live: safe names, one process at a time, one data source and one base per workspace."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from cdcda_export.errors import WorkspaceError
+from cdcda_export.manifest import write_json
+
+BINDING = "workspace.json"
+_SAFE = "-._~@+ "
+_MAX_NAME = 120
+
+
+def folder_name(user: str) -> str:
+    """Return the directory name of a user id: the id itself where it is plain, percent-encoded where it is not.
+
+    Raises:
+        WorkspaceError: the id is empty, too long, or made to point elsewhere.
+    """
+    if not user or not user.strip():
+        raise WorkspaceError("The user id is empty; name one with --user.")
+    if re.search(r"[/\\\x00-\x1f\x7f]", user) or user.strip(". ") == "" or user.startswith("."):
+        raise WorkspaceError(f"The user id {user!r} looks like a path, so it cannot name a run; use an id without slashes or leading dots.")
+    name = quote(user, safe=_SAFE)
+    if name.startswith("_"):  # runs/_shared and runs/_cohorts are not users
+        name = "%5F" + name[1:]
+    if len(name) > _MAX_NAME:
+        raise WorkspaceError(f"The user id is {len(user)} characters long; {_MAX_NAME} bytes are the limit.")
+    return name
+
+
+class Workspace:
+    """A directory of runs, bound to one data source and one base model.
+
+    Args:
+        root: the directory, ``runs`` by default.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def user_directory(self, user: str) -> Path:
+        """Return ``runs/<user>`` (not created)."""
+        directory = self.root / folder_name(user)
+        if directory.is_symlink():
+            raise WorkspaceError(f"{directory} is a symbolic link; runs are never written through links.")
+        return directory
+
+    def users(self) -> list[str]:
+        """Return the users who have a run here."""
+        if not self.root.is_dir():
+            return []
+        names = (p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
+        return sorted(unquote(name) for name in names)
+
+    def bind(self, source: str, base_sha256: str, base_name: str) -> None:
+        """Bind this workspace to its source and base, or check that it is bound to these.
+
+        Raises:
+            WorkspaceError: it belongs to another source or base.
+        """
+        path = self.root / BINDING
+        wanted = {"source": source, "base": base_name, "base_sha256": base_sha256}
+        if not path.exists():
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(path, wanted)
+            return
+        try:
+            bound = json.loads(path.read_text(encoding="utf-8"))
+            differing = next((key for key in ("source", "base_sha256") if bound[key] != wanted[key]), None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise WorkspaceError(f"{path} is damaged; move {self.root} away or name another --workspace.") from error
+        if differing:
+            key = "source" if differing == "source" else "base"
+            what = "data source" if key == "source" else "base model"
+            raise WorkspaceError(
+                f"{self.root} belongs to the {what} {bound[key]!r}, not {wanted[key]!r}; name another --workspace for this one."
+            )
+
+    @contextmanager
+    def locked(self, user: str) -> Iterator[Path]:
+        """Hold one user's directory for this process, and give it.
+
+        Raises:
+            WorkspaceError: another process holds it.
+        """
+        import fcntl
+
+        directory = self.user_directory(user)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise WorkspaceError(
+                f"Another process (pid {owner or 'unknown'}) is working on user {user}; wait for it, or stop it and run this again."
+            ) from error
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield directory
+        finally:
+            os.close(descriptor)
+
+    def forget(self, user: str) -> list[Path]:
+        """Remove everything that was derived from a user, and return what was removed.
+
+        Raises:
+            WorkspaceError: there is nothing, or another process is working on it.
+        """
+        directory = self.user_directory(user)
+        if not directory.is_dir():
+            raise WorkspaceError(f"There is nothing of user {user} in {self.root}.")
+        with self.locked(user):
+            removed = sorted(path for path in directory.rglob("*") if path.is_file())
+            shutil.rmtree(directory)
+        return removed

@@ -1,0 +1,242 @@
+"""Stages meet only in directories: how one is built, finished, recognised and reused.
+
+A stage is built in ``<name>.partial/``; ``manifest.json`` is written into it last and atomically, and only then does the
+directory take its final name. So a directory with its final name is complete, whatever was killed and when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cdcda_export.errors import DiskFull, FileError, ManifestError, is_disk_full
+
+MANIFEST = "manifest.json"
+FINGERPRINT = ".fingerprint"
+SCHEMA = 1
+_PACKAGES = ("cdcda-mobile", "numpy", "llama-cpp-python", "torch", "transformers", "peft", "onnxruntime", "onnx")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself.
+
+    ``fingerprint`` identifies stage, config and inputs; ``outputs`` maps file names inside the stage's directory to
+    ``{"sha256": hex, "bytes": int}``; ``metrics`` is stage-specific and JSON-serialisable.
+    """
+
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, dict[str, Any]]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    schema: int = SCHEMA
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def sha256_json(value: object) -> str:
+    """Return the SHA-256 of a value's canonical JSON as hex."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide results, where installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part; private by default."""
+    payload = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise DiskFull(f"No room left to write {path}; free some space and run the same command again.") from error
+        raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as readable JSON, atomically and private."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest of a finished stage, or None where there is none.
+
+    Raises:
+        ManifestError: the file exists but is not a manifest; nothing in the directory is trusted then.
+    """
+    path = directory / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(_corrupt(path, "cannot be read")) from error
+    try:
+        raw = json.loads(text)
+        manifest = Manifest(**raw)
+        well_formed = manifest.schema == SCHEMA and all({"sha256", "bytes"} <= set(o) for o in manifest.outputs.values())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ManifestError(_corrupt(path, "is not a manifest")) from error
+    if not well_formed:
+        raise ManifestError(_corrupt(path, "has another schema"))
+    return manifest
+
+
+def _corrupt(path: Path, what: str) -> str:
+    stage = path.parent.name
+    return (
+        f"{path} {what}, so nothing beside it is trusted; run again with `--redo {stage}` to build that stage anew "
+        f"(the old directory is replaced only when the new one is complete)."
+    )
+
+
+class Stage:
+    """One stage directory: find it finished, or build it in ``<name>.partial/`` and finish it.
+
+    Args:
+        directory: the final directory, for example ``runs/42/adapter``.
+        config: everything that decides the outputs, JSON-serialisable.
+        inputs: name -> hash of everything that is read.
+        redo: distrust what is there, finished or partial.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], inputs: Mapping[str, str], redo: bool = False) -> None:
+        self.directory = directory
+        self.name = directory.name
+        self.config = dict(config)
+        self.inputs = dict(inputs)
+        self.redo = redo
+        self.fingerprint = sha256_json({"stage": self.name, "config": self.config, "inputs": self.inputs, "schema": SCHEMA})
+        self.partial = directory.with_name(f"{directory.name}.partial")
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest if this very stage was finished before and its files are what they were."""
+        if self.redo:
+            return None
+        self._recover()
+        manifest = read_manifest(self.directory)
+        if manifest is None or manifest.fingerprint != self.fingerprint:
+            return None
+        return manifest if outputs_intact(self.directory, manifest) else None
+
+    def why(self) -> str:
+        """Return why this stage has to be built, in a few words, or '' when it is finished."""
+        if self.redo:
+            return "asked for with --redo"
+        self._recover()
+        manifest = read_manifest(self.directory)
+        if manifest is None:
+            mark = self.partial / FINGERPRINT
+            resumes = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint
+            return "was interrupted, will resume" if resumes else "not there yet"
+        if manifest.fingerprint != self.fingerprint:
+            return _difference(manifest, self)
+        return "" if outputs_intact(self.directory, manifest) else "its files changed on disk"
+
+    def _recover(self) -> None:
+        """Complete a swap that was killed between taking the old name away and giving it to the new directory."""
+        old = self.directory.with_name(f"{self.name}.old")
+        if not self.directory.exists() and (self.partial / MANIFEST).exists():
+            os.replace(self.partial, self.directory)
+        elif not self.directory.exists() and old.exists():
+            os.replace(old, self.directory)
+        if old.exists():
+            shutil.rmtree(old)
+
+    def begin(self) -> Path:
+        """Return the private directory to build in; what a killed run of the same fingerprint left is still there."""
+        mark = self.partial / FINGERPRINT
+        same = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint
+        if self.partial.exists() and (self.redo or not same):
+            shutil.rmtree(self.partial)
+        self.redo = False
+        self.partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(mark, self.fingerprint)
+        return self.partial
+
+    def finish(self, metrics: Mapping[str, Any], outputs: list[str], keep: tuple[str, ...] = ()) -> Manifest:
+        """Hash the outputs, write the manifest last, and give the directory its final name.
+
+        Files that are neither outputs nor named in ``keep`` (checkpoints, marks) are removed.
+        """
+        hashed = {n: {"sha256": sha256_file(self.partial / n), "bytes": (self.partial / n).stat().st_size} for n in outputs}
+        for child in self.partial.iterdir():
+            if child.name not in {*(o.split("/")[0] for o in outputs), *keep}:
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        manifest = Manifest(
+            stage=self.name,
+            fingerprint=self.fingerprint,
+            config=self.config,
+            inputs=self.inputs,
+            outputs=hashed,
+            metrics=dict(metrics),
+            versions=versions(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        write_json(self.partial / MANIFEST, asdict(manifest))
+        old = self.directory.with_name(f"{self.name}.old")
+        if old.exists():
+            shutil.rmtree(old)
+        if self.directory.exists():
+            os.replace(self.directory, old)
+        os.replace(self.partial, self.directory)
+        if old.exists():
+            shutil.rmtree(old)
+        return manifest
+
+
+def _difference(manifest: Manifest, stage: Stage) -> str:
+    for key in sorted({*manifest.inputs, *stage.inputs}):
+        if manifest.inputs.get(key) != stage.inputs.get(key):
+            return f"its input '{key}' changed"
+    for key in sorted({*manifest.config, *stage.config}):
+        before, now = manifest.config.get(key), stage.config.get(key)
+        if before != now:
+            return f"{key} changed from {before!r} to {now!r}"
+    return "its definition changed"
+
+
+def outputs_intact(directory: Path, manifest: Manifest) -> bool:
+    """Say whether every output still has the size and hash that the manifest names."""
+    for name, recorded in manifest.outputs.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != recorded["bytes"] or sha256_file(path) != recorded["sha256"]:
+            return False
+    return True

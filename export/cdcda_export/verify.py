@@ -1,0 +1,227 @@
+"""Nothing ships unverified: the artifact in its real runtime against the merged model in float32.
+
+Three questions, all on text the adapter was not trained on: does the artifact read the same token ids as training did, does it predict
+what the merged float32 model predicts (KL divergence, top-1 agreement), and, where there is a user, is the personal gain still there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any, Protocol
+
+import numpy as np
+
+from cdcda_export.chat_template import ChatTemplate
+from cdcda_export.errors import ConfigError, ExportError
+from cdcda_export.progress import Progress
+
+
+class Runtime(Protocol):
+    """What verification asks of a loaded artifact; token ids in, float32 logits out."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a rendered text, nothing added."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return next-token logits, shape (len(ids), vocabulary)."""
+
+    def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
+        """Return the greedy continuation without the end marker."""
+
+
+class Encoder(Protocol):
+    """What turns rendered text into ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a rendered text, nothing added."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One held-out exchange: ids of the prompt, then of the answer with its end marker."""
+
+    user_text: str
+    answer_text: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer, end to end."""
+        return [*self.prompt, *self.answer]
+
+    def answer_positions(self) -> slice:
+        """Positions whose next-token prediction is an answer token."""
+        return slice(len(self.prompt) - 1, len(self.prompt) + len(self.answer) - 1)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an artifact of one quantization must reach."""
+
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured and whether it passed."""
+
+    level: str
+    passed: bool
+    reference: str
+    texts: int
+    texts_equal: int
+    positions: int
+    kl_mean: float
+    kl_gate: float
+    top1: float
+    top1_gate: float
+    nll: float
+    nll_reference: float
+    failures: list[str] = field(default_factory=list)
+    probe_nll: list[float] = field(default_factory=list)
+    """Summed negative log likelihood of each probe's answer, in nats, in the order of the probes."""
+    probe_nll_reference: list[float] = field(default_factory=list)
+
+    def as_card(self) -> dict[str, Any]:
+        """Return the card's part of it."""
+        card = asdict(self)
+        del card["probe_nll"], card["probe_nll_reference"]
+        card["token_ids"] = {"texts": card.pop("texts"), "equal": card.pop("texts_equal")}
+        return card
+
+
+# Returns the reference's logits at a probe's answer positions: float32, shape (answer tokens, vocabulary).
+Reference = Callable[[Probe], np.ndarray]
+
+
+def make_probe(template: ChatTemplate, encoder: Encoder, eos: Sequence[int], user_text: str, answer: str, max_tokens: int) -> Probe:
+    """Render an exchange with the template and cut it: the answer ends with its first end marker.
+
+    Raises:
+        ExportError: the prompt alone is longer than ``max_tokens``.
+    """
+    prompt = encoder.encode(template.prompt(user_text))
+    tail = encoder.encode(template.answer(user_text, answer))
+    ends = [i for i, token in enumerate(tail) if token in eos]
+    # Templates write a newline after the end marker; it is no part of what the model has to say.
+    target = tail[: ends[0] + 1] if ends else [*tail, *eos[:1]]
+    if len(prompt) + 1 >= max_tokens:
+        raise ExportError(f"A prompt takes {len(prompt)} tokens, the limit is {max_tokens}; shorten it or raise train.max_tokens.")
+    return Probe(user_text, answer, tuple(prompt), tuple(target[: max_tokens - len(prompt)]))
+
+
+@cache
+def _gates() -> dict[str, dict[str, Any]]:
+    text = resources.files("cdcda_export").joinpath("gates.json").read_text(encoding="utf-8")
+    return dict(json.loads(text)["gates"])
+
+
+def get_gate(quant: str) -> Gate:
+    """Return the gate of a quantization: committed measurement times its margin (``gates.json``).
+
+    Raises:
+        ConfigError: it was never measured.
+    """
+    if quant not in _gates():
+        raise ConfigError(f"There is no measured gate for '{quant}'; set export.max_kl and export.min_top1 in a recipe.")
+    row = _gates()[quant]
+    return Gate(float(row["kl"]), float(row["top1"]))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log probabilities over the last axis in float64 (float32 sums of 50,000 terms are too coarse for a KL of 1e-4)."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+def nll_of(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Return the negative log likelihood of each target token, in nats."""
+    return -log_softmax(logits)[np.arange(len(targets)), list(targets)]
+
+
+def verify(
+    runtime: Runtime, template: ChatTemplate, probes: Sequence[Probe], reference: Reference, reference_name: str, gate: Gate, progress: Progress
+) -> Verification:
+    """Compare an artifact with the merged model in float32.
+
+    Args:
+        runtime: the loaded artifact.
+        template: the chat template that the *artifact* carries.
+        probes: held-out exchanges as *training* renders and tokenizes them.
+        reference: the merged model's logits.
+        reference_name: said on the card.
+        gate: bounds of this quantization.
+        progress: told once per probe.
+    """
+    equal = 0
+    kl: list[float] = []
+    agree: list[bool] = []
+    nll: list[float] = []
+    nll_reference: list[float] = []
+    progress.start("verifying in the real runtime", len(probes), "texts")
+    for probe in probes:
+        equal += _same_ids(runtime, template, probe)
+        got = log_softmax(runtime.logits(probe.ids)[probe.answer_positions()])
+        want = log_softmax(reference(probe))
+        kl.extend((np.exp(want) * (want - got)).sum(axis=-1).tolist())
+        agree.extend((want.argmax(-1) == got.argmax(-1)).tolist())
+        at = np.arange(len(probe.answer))
+        nll.append(float(-got[at, list(probe.answer)].sum()))
+        nll_reference.append(float(-want[at, list(probe.answer)].sum()))
+        progress.advance(note=f"KL {np.mean(kl):.3f}")
+    mean_kl, top1 = float(np.mean(kl)), float(np.mean(agree))
+    failures = []
+    if equal < len(probes):
+        failures.append(f"the artifact reads other token ids than training did on {len(probes) - equal} of {len(probes)} texts")
+    if not mean_kl <= gate.kl:
+        failures.append(f"KL divergence {mean_kl:.4f} from the merged model is above the gate {gate.kl:.4f}")
+    if not top1 >= gate.top1:
+        failures.append(f"top-1 agreement {top1:.1%} with the merged model is below the gate {gate.top1:.1%}")
+    progress.done(f"KL {mean_kl:.4f}, top-1 {top1:.1%}")
+    return Verification(
+        level="full",
+        passed=not failures,
+        reference=reference_name,
+        texts=len(probes),
+        texts_equal=equal,
+        positions=len(kl),
+        kl_mean=mean_kl,
+        kl_gate=gate.kl,
+        top1=top1,
+        top1_gate=gate.top1,
+        nll=sum(nll) / len(kl),
+        nll_reference=sum(nll_reference) / len(kl),
+        failures=failures,
+        probe_nll=nll,
+        probe_nll_reference=nll_reference,
+    )
+
+
+def _same_ids(runtime: Runtime, template: ChatTemplate, probe: Probe) -> bool:
+    """Say whether the artifact, with its own template and tokenizer, reads the exchange as training did."""
+    try:
+        prompt = runtime.encode(template.prompt(probe.user_text))
+        answer = runtime.encode(template.answer(probe.user_text, probe.answer_text))
+    except ExportError:
+        return False
+    return tuple(prompt) == probe.prompt and tuple(answer[: len(probe.answer)]) == probe.answer[: len(answer)]
+
+
+def neutral_texts() -> list[str]:
+    """Return the paragraphs that ship for adapters without a user."""
+    return paragraphs(resources.files("cdcda_export").joinpath("neutral.txt").read_text(encoding="utf-8"))
+
+
+def paragraphs(text: str) -> list[str]:
+    """Split a text at blank lines into paragraphs of at least 20 characters."""
+    return [" ".join(part.split()) for part in text.split("\n\n") if len(part.strip()) >= 20]
