@@ -104,6 +104,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of ``cdcda-export``."""
     parser = _Parser(
         prog=prog,
+        usage=f"{prog} --user ID [options]\n       {prog} --adapter DIR --base FILE [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a personal language model for the phone: augment, train, merge, quantize, verify.\n\n" + _EXAMPLES,
     )

@@ -244,13 +244,19 @@ def split_by_time(history: History, config: HistoryConfig) -> Split:
     return split
 
 
-def _text_of(record: Record) -> str:
+def _words(text: str) -> str:
+    """Return the words of a text; a text of symbols only is kept, or two emojis would be the same."""
+    folded = text.casefold()
+    return " ".join(_WORD.findall(folded)) or folded.strip()
+
+
+def _text_of(record: Record) -> tuple[str, str]:
     """Return input and output without case, punctuation and spacing."""
-    return " ".join(_WORD.findall(record.input.casefold())) + "\0" + " ".join(_WORD.findall(record.output.casefold()))
+    return _words(record.input), _words(record.output)
 
 
 def _not_in(earlier: Iterable[Record], later: Iterable[Record], part: str) -> tuple[list[Record], list[Malformed]]:
-    texts: dict[str, str] = {}
+    texts: dict[tuple[str, str], str] = {}
     for record in later:
         texts.setdefault(_text_of(record), record.id)
     kept: list[Record] = []

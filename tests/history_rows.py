@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def rows_of(user: str, count: int, start: int = 0) -> Rows:
         {
             "user": user,
             "id": f"{user}-{number}",
-            "date": f"2020-{1 + number // 28:02d}-{1 + number % 28:02d}",
+            "date": (dt.date(2020, 1, 1) + dt.timedelta(days=number)).isoformat(),
             "task": "headline",
             "input": f"{user} writes about matter number {number}",
             "output": f"Matter {number} of {user}",

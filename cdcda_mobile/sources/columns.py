@@ -132,7 +132,7 @@ class Columns:
         """Rename the columns of one row."""
         task = values.get(self.task) if self.task else None
         if task is None or task == "":
-            task = self._config.task
+            task = self._config.task or None
         task = task.strip() if isinstance(task, str) else task
         source, target = self._pairs.get(task, ("", "")) if isinstance(task, str) else ("", "")
         if task in TASKS and not (source and target):

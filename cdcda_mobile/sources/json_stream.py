@@ -14,6 +14,7 @@ _LONGEST_ITEM = 1 << 28
 # The decoder points at the start of what it could not finish: a literal such as -Infinity or a pair of \uXXXX escapes.
 _UNFINISHED = 16
 _WHITE = " \t\r\n"
+_ENDS = tuple(",]}:" + _WHITE)
 
 
 class _Cursor:
@@ -77,8 +78,9 @@ class _Cursor:
                 continue
             except (ValueError, RecursionError):
                 raise self.broken("a number is too long or the nesting too deep") from None
-            if end == len(self._buffer) and self._fill():
-                continue  # a number may go on in the next chunk
+            cut = end >= len(self._buffer) - _UNFINISHED and self._buffer[end : end + 1] not in _ENDS
+            if cut and self._fill():
+                continue  # a number may go on in the next chunk: -4 was read of -4.5e10
             self._at = end
             return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,24 @@ if TYPE_CHECKING:
 _BATCH = 1024
 
 
-def _as_naive(array: Any) -> Any:
-    """Turn Arrow's dates and times into text, which no Python calendar limit and no nanosecond can break."""
+def _plain(array: Any) -> list[Any]:
+    """Return Python values, with dates as text and broken bytes as surrogates, which no field accepts.
+
+    Arrow writes dates that Python's calendar cannot hold, and nanoseconds; bytes that are no UTF-8 must cost a row, not the file.
+    """
     import pyarrow as pa
 
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     kind = array.type
     if pa.types.is_timestamp(kind):
         # Arrow keeps UTC inside; without the zone the text is UTC, as everywhere in a history.
-        return array.cast(pa.timestamp(kind.unit)).cast(pa.string())
-    if pa.types.is_date(kind):
-        return array.cast(pa.date32(), safe=False).cast(pa.string())
-    return array
+        array = array.cast(pa.timestamp(kind.unit)).cast(pa.string())
+    elif pa.types.is_date(kind):
+        array = array.cast(pa.date32(), safe=False).cast(pa.string())
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        array = array.cast(pa.large_binary())
+    return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in array.to_pylist()]
 
 
 class ParquetSource:
@@ -58,42 +66,47 @@ class ParquetSource:
             file = pq.ParquetFile(self._path)
         except FileNotFoundError:
             raise FileError(f"There is no file {self._path}.") from None
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise FileError(f"{self._path} cannot be read as Parquet: {_first_line(error)}.") from None
         return file, Columns(file.schema_arrow.names, self._config, self.label)
 
     def _batches(self, file: Any, columns: list[str], user: str | None) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield (number of its first row, batch) of the row groups that may hold the user (None: all)."""
-        import pyarrow as pa
-
         start = 0
         for group in range(file.metadata.num_row_groups):
             metadata = file.metadata.row_group(group)
             if user is None or _may_hold(metadata, columns[0], user):
                 row = start
-                try:
-                    for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns):
-                        yield row, batch
-                        row += batch.num_rows
-                except (OSError, pa.ArrowException) as error:
-                    raise FileError(f"{self._path} is damaged near row {row + 1}: {_first_line(error)}.") from None
+                for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns):
+                    yield row, batch
+                    row += batch.num_rows
             start += metadata.num_rows
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn what is wrong inside a file whose footer could be read into one sentence."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise FileError(f"{self._path} is damaged: {_first_line(error)}.") from None
 
     def rows(self, user: str) -> Iterator[Row | Malformed]:
         """Yield the user's rows, and as malformed the rows that name nobody."""
         opened, columns = self._open()
-        with opened as file:
+        with opened as file, self._reported():
             order = [columns.user, *(name for name in columns.needed() if name != columns.user)]
             for start, batch in self._batches(file, order, user):
                 yield from self._wanted(batch, start, user, columns)
 
     def _wanted(self, batch: pa.RecordBatch, start: int, user: str, columns: Columns) -> Iterator[Row | Malformed]:
-        owners = [as_user(value) for value in batch.column(columns.user).to_pylist()]
+        owners = [as_user(value) for value in _plain(batch.column(columns.user))]
         wanted = [index for index, owner in enumerate(owners) if owner in (user, "")]
         if not wanted:
             return
         names = batch.schema.names
-        arrays = [_as_naive(batch.column(name).take(_indices(wanted))).to_pylist() for name in names]
+        arrays = [_plain(batch.column(name).take(_indices(wanted))) for name in names]
         for position, index in enumerate(wanted):
             place = f"{self._path.name} row {start + index + 1}"
             if not owners[index]:
@@ -105,9 +118,9 @@ class ParquetSource:
     def users(self) -> Iterator[str]:
         """Yield the users of each batch, reading their column only."""
         opened, columns = self._open()
-        with opened as file:
+        with opened as file, self._reported():
             for _, batch in self._batches(file, [columns.user], None):
-                for value in batch.column(columns.user).unique().to_pylist():
+                for value in _plain(batch.column(columns.user).unique()):
                     if owner := as_user(value):
                         yield owner
 

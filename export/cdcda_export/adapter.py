@@ -156,6 +156,8 @@ def read_peft(directory: str | Path) -> PeftWeights:
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.default)?(\.weight)?", name)
         if match:
             pairs.setdefault(match[1], {})[match[2]] = weights
+        elif ".base_layer." in name:
+            continue  # peft saves an unchanged copy of an adapted embedding
         elif "lora_" in name:
             raise AdapterError(f"{directory / WEIGHTS}: tensor {name} belongs to a kind of LoRA that cannot be merged here.")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,30 @@ from typing import Any
 import numpy as np
 
 from cdcda_export.errors import FileError, MissingDependency
+
+
+_log: list[str] = []
+
+
+@cache
+def _keep_log_to_ourselves() -> Any:
+    """Route llama.cpp's log into a short list: it says why a load failed, and never speaks on the user's screen."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def remember(_level: int, text: bytes, _data: object) -> None:
+        if text.strip():
+            _log.append(text.decode(errors="replace").strip())
+            del _log[:-20]
+
+    llama_cpp.llama_log_set(remember, None)
+    return remember  # kept alive by the cache: llama.cpp holds only a pointer
+
+
+def _reason(error: Exception) -> str:
+    """Return llama.cpp's own last complaint, or the exception's text."""
+    said = [line for line in _log if "error" in line.lower() or "failed" in line.lower()]
+    return (said[0] if said else str(error)).rstrip(".")
 
 
 def cpu_threads() -> int:
@@ -36,6 +61,8 @@ class LlamaCpp:
             import llama_cpp
         except ImportError as error:
             raise MissingDependency("llama-cpp-python", "export") from error
+        _keep_log_to_ourselves()
+        _log.clear()
         self.path = path
         lora = None if adapter is None else str(adapter)
         try:
@@ -52,7 +79,7 @@ class LlamaCpp:
                 verbose=False,
             )
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise FileError(f"llama.cpp cannot load {path}{' with ' + lora if lora else ''}: {error}.") from error
+            raise FileError(f"llama.cpp cannot load {path}{' with ' + lora if lora else ''}: {_reason(error)}.") from error
         self.n_ctx = n_ctx
 
     def __enter__(self) -> LlamaCpp:

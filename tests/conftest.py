@@ -1,0 +1,36 @@
+"""Fixtures that many tests share; the tiny models themselves are made in ``tiny.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import make_adapter, make_gguf
+
+from cdcda_export.artifact import default_base
+
+ARCHS = ("llama", "qwen2", "qwen3", "gemma3")
+
+
+@pytest.fixture(scope="session", params=ARCHS)
+def tiny_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base of every architecture."""
+    return make_gguf(tmp_path_factory.mktemp("base") / f"tiny-{request.param}.gguf", request.param)
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama."""
+    return make_gguf(tmp_path_factory.mktemp("base") / "tiny-llama.gguf")
+
+
+@pytest.fixture(scope="session")
+def llama_adapter(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA adapter of the tiny llama."""
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "tiny-adapter", llama_base)
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """The default base model, SmolLM2-135M-Instruct."""
+    return default_base()
