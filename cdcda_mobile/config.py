@@ -75,7 +75,7 @@ class TrainConfig:
     rank: int = setting(8, "LoRA rank", "R")
     alpha: float = setting(16.0)
     targets: list[str] = setting(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    learning_rate: float = setting(1e-3)
+    learning_rate: float = setting(2e-3)
     warmup_fraction: float = setting(0.1)
     weight_decay: float = setting(0.0)
     clip: float = setting(1.0)

@@ -286,7 +286,7 @@ class Pipeline:
         probes = encoding_of(self.base).probes(test, config.max_tokens)
         artifact = write_artifact(self.base, self.base_sha256, adapter, config, partial, self.job.workspace / "_shared", self.progress)
         with open_artifact(artifact, config.max_tokens) as (runtime, template):
-            result = verify_artifact(runtime, template, probes, self.base, adapter, config, self.progress, self._decoder)
+            result = verify_artifact(artifact, runtime, template, probes, self.base, adapter, config, self.progress, self._decoder)
             card = self._evaluate(runtime, test, probes, result)
         described = artifact.as_card(stage.directory)
         presets = [{"task": name, "instruction": get_task(name).instruction} for name in dict.fromkeys(r.task for r in test)]

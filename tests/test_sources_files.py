@@ -365,6 +365,13 @@ def test_parquet_row_group_with_nobody_is_read_for_everybody(tmp_path: Path) -> 
     assert (len(read.records), len(read.malformed)) == (7, 7)
 
 
+def test_parquet_row_group_of_others_with_nobody_is_read(tmp_path: Path) -> None:
+    rows = rows_of("ada", 7) + rows_of("bob", 7)
+    rows[9]["user"] = None
+    read = read_history("ada", config(write_parquet(tmp_path / "a.parquet", rows)))
+    assert (len(read.records), read.malformed) == (7, (Malformed("a.parquet row 10", "no user"),))
+
+
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", rows_of("ada", 2))
     monkeypatch.setitem(sys.modules, "pyarrow", None)

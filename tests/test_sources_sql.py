@@ -196,6 +196,13 @@ def test_unknown_users_are_told_the_nearest(url: str) -> None:
         read_history("marta", asked(url, table="mails"))
 
 
+def test_a_database_that_ignores_case_does_not_mix_users(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / "a.db").close()
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    fill(url, rows_of("Ada", 3) + rows_of("ada", 2), user_type="TEXT COLLATE NOCASE")
+    assert ids(read_history("ada", asked(url, table="mails"))) == ["ada-0", "ada-1"]
+
+
 # PostgreSQL's own
 
 

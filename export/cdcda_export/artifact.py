@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdcda_export.adapter import Adapter, base_warning, read_adapter
+from cdcda_export.adapter import Adapter, PeftWeights, base_warning, read_adapter, read_peft
+from cdcda_export.arrival import arrived_in_lora, arrived_in_merged
 from cdcda_export.chat_template import ChatTemplate, template_of
 from cdcda_export.errors import ConfigError, FileError, MissingDependency, VerificationFailed, did_you_mean
 from cdcda_export.gguf import GgufFile
@@ -103,10 +104,8 @@ def check_combination(config: ExportConfig, base: GgufFile) -> None:
 
 def gate_of(config: ExportConfig) -> Gate:
     """Return the gate: the recipe's bounds where it sets them, else the measured one."""
-    if config.max_kl and config.min_top1:
-        return Gate(config.max_kl, config.min_top1)
     measured = get_gate(config.resolved_quant)
-    return Gate(config.max_kl or measured.kl, config.min_top1 or measured.top1)
+    return Gate(config.max_kl or measured.kl, config.min_top1 or measured.top1, config.max_arrival_error or measured.arrival)
 
 
 def write_artifact(
@@ -166,7 +165,6 @@ def _write_lora(
 def _write_onnx(
     base: GgufFile, base_sha256: str, adapter: Adapter, config: ExportConfig, directory: Path, shared: Path, progress: Progress
 ) -> Artifact:
-    from cdcda_export.adapter import read_peft
     from cdcda_export.base_model import load_base_model, merge_peft
     from cdcda_export.onnx import export_onnx
 
@@ -197,7 +195,16 @@ def open_artifact(artifact: Artifact, n_ctx: int) -> Iterator[tuple[Runtime, Cha
         yield runtime, template_of(GgufFile(artifact.files["model"]))
 
 
+# ONNX initializers have no stable names to compare by; there the KL gate stands alone.
+_ARRIVALS: dict[str, Callable[[GgufFile, Artifact, PeftWeights], dict[str, float]]] = {
+    "gguf": lambda base, artifact, peft: arrived_in_merged(base, GgufFile(artifact.main), peft),
+    "gguf-lora": lambda base, artifact, peft: arrived_in_lora(base, artifact.main, peft),
+    "onnx": lambda base, artifact, peft: {},
+}
+
+
 def verify_artifact(
+    artifact: Artifact,
     runtime: Runtime,
     template: ChatTemplate,
     probes: Sequence[Probe],
@@ -212,8 +219,9 @@ def verify_artifact(
     Raises:
         VerificationFailed: it is outside its gate.
     """
+    arrived = _ARRIVALS[artifact.format](base, artifact, read_peft(adapter.path))
     with merged_reference(base, adapter, config.max_tokens, decoder) as (reference, name):
-        result = verify(runtime, template, probes, reference, name, gate_of(config), progress)
+        result = verify(runtime, template, probes, reference, name, gate_of(config), progress, arrived)
     if not result.passed:
         raise VerificationFailed(f"The {config.directory} artifact did not pass its gate and is not shipped: {'; '.join(result.failures)}.")
     return result

@@ -140,7 +140,7 @@ def _build(job: AdapterJob, base: GgufFile, base_sha256: str, partial: Path, pro
     probes = neutral_probes(base, _texts(job.text), job.config.max_tokens)
     artifact = write_artifact(base, base_sha256, adapter, job.config, partial, job.workspace / "_shared", progress)
     with open_artifact(artifact, job.config.max_tokens) as (runtime, template):
-        verification = verify_artifact(runtime, template, probes, base, adapter, job.config, progress)
+        verification = verify_artifact(artifact, runtime, template, probes, base, adapter, job.config, progress)
         answers = [runtime.decode(runtime.greedy(list(p.prompt), job.config.answer_tokens)) for p in probes[:_SAMPLES]]
     with LlamaCpp(base.path, n_ctx=job.config.max_tokens) as runtime:
         base_answers = [runtime.decode(runtime.greedy(list(p.prompt), job.config.answer_tokens)) for p in probes[:_SAMPLES]]

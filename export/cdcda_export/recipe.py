@@ -33,6 +33,7 @@ class ExportConfig:
     allow_fallback: bool = field(default=False, metadata={"help": "let a K-quant fall back where rows are no multiple of 256"})
     max_kl: float = field(default=0.0, metadata={})
     min_top1: float = field(default=0.0, metadata={})
+    max_arrival_error: float = field(default=0.0, metadata={})
     max_tokens: int = field(default=512, metadata={})
     answer_tokens: int = field(default=48, metadata={})
 

@@ -7,7 +7,7 @@ what the merged float32 model predicts (KL divergence, top-1 agreement), and, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
@@ -68,6 +68,8 @@ class Gate:
 
     kl: float
     top1: float
+    arrival: float
+    """How far the arrived share of the change may be from 1, for every kind of layer."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Verification:
     top1_gate: float
     nll: float
     nll_reference: float
+    arrived: dict[str, float] = field(default_factory=dict)
+    arrival_gate: float = 0.0
     failures: list[str] = field(default_factory=list)
     probe_nll: list[float] = field(default_factory=list)
     """Summed negative log likelihood of each probe's answer, in nats, in the order of the probes."""
@@ -134,7 +138,7 @@ def get_gate(quant: str) -> Gate:
     if quant not in _gates():
         raise ConfigError(f"There is no measured gate for '{quant}'; set export.max_kl and export.min_top1 in a recipe.")
     row = _gates()[quant]
-    return Gate(float(row["kl"]), float(row["top1"]))
+    return Gate(float(row["kl"]), float(row["top1"]), float(row["arrival"]))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -150,7 +154,8 @@ def nll_of(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
 
 
 def verify(
-    runtime: Runtime, template: ChatTemplate, probes: Sequence[Probe], reference: Reference, reference_name: str, gate: Gate, progress: Progress
+    runtime: Runtime, template: ChatTemplate, probes: Sequence[Probe], reference: Reference, reference_name: str, gate: Gate, progress: Progress,
+    arrived: Mapping[str, float] | None = None,
 ) -> Verification:
     """Compare an artifact with the merged model in float32.
 
@@ -162,6 +167,7 @@ def verify(
         reference_name: said on the card.
         gate: bounds of this quantization.
         progress: told once per probe.
+        arrived: share of the adapter's change found in the file, by kind of layer (``arrival``); None where it cannot be read.
     """
     equal = 0
     kl: list[float] = []
@@ -187,6 +193,7 @@ def verify(
         failures.append(f"KL divergence {mean_kl:.4f} from the merged model is above the gate {gate.kl:.4f}")
     if not top1 >= gate.top1:
         failures.append(f"top-1 agreement {top1:.1%} with the merged model is below the gate {gate.top1:.1%}")
+    failures += _arrival_failures(arrived or {}, gate)
     progress.done(f"KL {mean_kl:.4f}, top-1 {top1:.1%}")
     return Verification(
         level="full",
@@ -201,10 +208,23 @@ def verify(
         top1_gate=gate.top1,
         nll=sum(nll) / len(kl),
         nll_reference=sum(nll_reference) / len(kl),
+        arrived=dict(arrived or {}),
+        arrival_gate=gate.arrival,
         failures=failures,
         probe_nll=nll,
         probe_nll_reference=nll_reference,
     )
+
+
+def _arrival_failures(arrived: Mapping[str, float], gate: Gate) -> list[str]:
+    off = {kind: share for kind, share in arrived.items() if not abs(share - 1) <= gate.arrival}
+    if not off:
+        return []
+    kind = max(off, key=lambda k: abs(off[k] - 1))
+    hint = ""
+    if all(share < 0.5 for share in arrived.values()):
+        hint = " (a base of the same 4-bit type swallows small changes; another --quant, such as q4_0 or q8_0, keeps them)"
+    return [f"{off[kind]:.0%} of the adapter's change arrived in {kind}, {1 - gate.arrival:.0%} to {1 + gate.arrival:.0%} is allowed{hint}"]
 
 
 def _same_ids(runtime: Runtime, template: ChatTemplate, probe: Probe) -> bool:

@@ -1,0 +1,223 @@
+"""A teacher on this machine: llama-cpp-python's server on loopback with a local GGUF, started, health-checked and stopped by us."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cdcda_export.errors import FileError, TeacherError
+from cdcda_export.progress import Progress, Silent
+from cdcda_mobile.teacher import LOCAL_SAMPLING, Answer, Request
+from cdcda_mobile.teacher_server import CONTEXT_TOKENS, KEY_VARIABLE
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 1.0  # it holds nothing that could be lost
+_SHOWN_LINES = 3
+_LOG_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A running server; ``key`` is random and valid for this run only."""
+
+    base_url: str
+    key: str
+    alias: str
+    process: subprocess.Popen[str]
+    log: IO[bytes]
+
+    def last_words(self) -> str:
+        """Return the last lines that the process wrote to standard error, in one line."""
+        self.log.seek(0, os.SEEK_END)
+        self.log.seek(max(0, self.log.tell() - _LOG_TAIL_BYTES))
+        lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        return " / ".join(lines[-_SHOWN_LINES:]) or f"it said nothing, exit status {self.process.poll()}"
+
+
+@contextmanager
+def local_server(
+    gguf: Path,
+    alias: str = "",
+    progress: Progress | None = None,
+    context: int = CONTEXT_TOKENS,
+    threads: int = 0,
+    timeout_s: float = _START_TIMEOUT_S,
+) -> Iterator[LocalServer]:
+    """Serve a GGUF on a free loopback port for the length of a ``with`` block.
+
+    The process ends with the block whatever happens in it, and with this process however it ends. Enter it from a thread that
+    lives until the end of the block: Linux binds a child's life to the thread that made it.
+
+    Args:
+        gguf: the model.
+        alias: its name at the endpoint; the file's name by default.
+        progress: told while the model loads.
+        context: tokens of prompt and answer together.
+        threads: 0 for all cores that this process may use.
+        timeout_s: for loading.
+
+    Raises:
+        FileError: there is no such file.
+        TeacherError: the server did not come up, with its last words.
+    """
+    if not gguf.is_file():
+        raise FileError(f"There is no GGUF {gguf} for the local teacher; see --teacher-gguf.")
+    key, shown = secrets.token_urlsafe(24), progress or Silent()
+    command = [sys.executable, "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias or gguf.name]
+    command += ["--parent", str(os.getpid()), "--context", str(context)]
+    command += ["--threads", str(threads or len(os.sched_getaffinity(0)))]
+    environment = {**os.environ, KEY_VARIABLE: key, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment.pop("OPENAI_API_KEY", None)  # nothing there needs it
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for us; we stop the server then
+        )
+        try:
+            shown.start("starting the local teacher")
+            server = LocalServer("", key, alias or gguf.name, process, log)
+            port = _await_port(server, timeout_s)
+            server = LocalServer(f"http://127.0.0.1:{port}/v1", key, server.alias, process, log)
+            _await_health(server, timeout_s)
+            shown.done()
+            yield server
+        finally:
+            _end(process)
+
+
+def _await_port(server: LocalServer, timeout_s: float) -> int:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        stdout = server.process.stdout
+        for line in stdout or ():
+            lines.put(line)  # what comes after the port is read as well, so that the pipe never fills
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            raise TeacherError(f"The local teacher did not start within {timeout_s:g} s; is the machine short of memory?") from None
+        if not line:
+            with suppress(subprocess.TimeoutExpired):
+                server.process.wait(_STOP_TIMEOUT_S)
+            raise TeacherError(f"The local teacher did not start: {server.last_words()}")
+        try:
+            return int(json.loads(line)["port"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a library's chatter
+
+
+def _await_health(server: LocalServer, timeout_s: float) -> None:
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(f"{server.base_url}/models", headers={"Authorization": f"Bearer {server.key}"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            with direct.open(request, timeout=5) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            if server.process.poll() is not None:
+                raise TeacherError(f"The local teacher stopped at once: {server.last_words()}") from None
+            if time.monotonic() > until:
+                raise TeacherError(f"The local teacher listens but does not answer after {timeout_s:g} s.") from None
+        time.sleep(0.05)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # in the middle of an answer it listens to nothing else
+        process.wait()
+    finally:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+class LocalTeacher:
+    """The local server as a teacher; it starts with :meth:`start`, so that a run whose answers are all known starts nothing.
+
+    Args:
+        gguf: the model.
+        name: identifies the model by its content.
+        timeout_s: of one request.
+        progress: told while the model loads.
+        stop: once set, nothing is tried again.
+    """
+
+    def __init__(self, gguf: Path, name: str, timeout_s: float, progress: Progress, stop: threading.Event) -> None:
+        self.name = name
+        self._gguf, self._timeout_s, self._progress, self._stop = gguf, timeout_s, progress, stop
+        self._stack = ExitStack()
+        self._server: LocalServer | None = None
+        self._client: Any = None
+
+    def start(self) -> None:
+        """Start the server, if it does not run yet.
+
+        Raises:
+            TeacherError: it does not come up.
+        """
+        if self._client is not None:
+            return
+        from cdcda_mobile.endpoint import OpenAITeacher
+
+        self._server = self._stack.enter_context(local_server(self._gguf, self.name, self._progress))
+        self._client = OpenAITeacher(
+            self._server.base_url,
+            self.name,
+            self._timeout_s,
+            retries=1,
+            stop=self._stop,
+            key=self._server.key,
+            first_format="json_object",  # llama-cpp-python's server knows no json_schema
+            extra=LOCAL_SAMPLING,
+        )
+        self._stack.callback(self._client.close)
+
+    def complete(self, request: Request) -> Answer:
+        """Answer one request.
+
+        Raises:
+            TeacherError: the server died, or failed.
+        """
+        if self._client is None or self._server is None:
+            raise TeacherError("The local teacher was not started.")
+        try:
+            answer: Answer = self._client.complete(request)
+        except TeacherError as error:
+            if self._server.process.poll() is not None and not self._stop.is_set():
+                raise TeacherError(f"The local teacher died: {self._server.last_words()}") from error
+            raise
+        return answer
+
+    def close(self) -> None:
+        """Stop the server."""
+        self._stack.close()
