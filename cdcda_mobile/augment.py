@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from cdcda_export.manifest import write_atomic
 from cdcda_export.progress import Progress
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
+from cdcda_mobile.pool import Pool
 from cdcda_mobile.prompts import Ask, Planner
 from cdcda_mobile.select import Selector
 from cdcda_mobile.teacher import Answer, AnswerLog, Budget, Hired, Teacher, hire
@@ -193,7 +194,7 @@ class _Run:
         self._planner, self._selector, self._hired, self._log = planner, selector, hired, log
         self._budget, self._progress, self._stop = budget, progress, stop
         self._keep, self._limit = config.keep, config.keep * config.max_attempts
-        self._pool = _Pool(hired.concurrency, self._pay)
+        self._pool = Pool(hired.concurrency, self._pay)
         self._asks: dict[int, Ask] = {}
         self._ready: dict[int, Answer] = {}
         self._kept: list[Synthetic] = []
@@ -318,52 +319,3 @@ class _Run:
             embedded=self._hired.embedded,
             stopped=self._stopped if len(self._kept) < self._keep else "",
         )
-
-
-class _Pool:
-    """Threads that answer by number. Daemons, unlike concurrent.futures': Ctrl-C must not wait for a slow endpoint."""
-
-    def __init__(self, size: int, work: Callable[[int], Answer]) -> None:
-        self._work, self._size = work, size
-        self._todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self.busy = 0
-
-    def submit(self, k: int) -> None:
-        """Let a thread work on k."""
-        if len(self._threads) < self._size:
-            thread = threading.Thread(target=self._serve, name=f"teacher-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self.busy += 1
-        self._todo.put(k)
-
-    def next(self, timeout: float | None = None) -> tuple[int, Answer | Exception]:
-        """Return the next outcome, in the order of arrival.
-
-        Raises:
-            queue.Empty: none came in time.
-        """
-        item = self._done.get(timeout=timeout)
-        self.busy -= 1
-        return item
-
-    def cancel(self) -> None:
-        """Forget what no thread has begun, and let the threads end."""
-        while True:
-            try:
-                self._todo.get_nowait()
-            except queue.Empty:
-                break
-            self.busy -= 1
-        for _ in self._threads:
-            self._todo.put(None)
-
-    def _serve(self) -> None:
-        while (k := self._todo.get()) is not None:
-            try:
-                outcome: Answer | Exception = self._work(k)
-            except Exception as error:  # noqa: BLE001 - raised again where it is received
-                outcome = error
-            self._done.put((k, outcome))

@@ -24,7 +24,9 @@ def find_artifact(path: Path) -> Path:
     """
     if (path / BUNDLE).exists():
         return path
-    found = [p.parent for p in path.glob(f"*/{BUNDLE}") if (p.parent / MANIFEST).exists() and not p.parent.name.endswith((".partial", ".old"))]
+    found = [
+        p.parent for p in path.glob(f"*/{BUNDLE}") if (p.parent / MANIFEST).exists() and not p.parent.name.endswith((".partial", ".old"))
+    ]
     if not found:
         raise FileError(f"{path} holds no finished artifact; make one with `cdcda-export --user {path.name} --format gguf`.")
     return max(found, key=lambda directory: (directory / MANIFEST).stat().st_mtime)

@@ -90,7 +90,9 @@ def _add_common(parser: argparse.ArgumentParser, *, user: bool) -> None:
     what.add_argument("--seed", type=int, default=0, metavar="N", help="decides every random choice (default: 0)")
     run = parser.add_argument_group("running")
     run.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
-    run.add_argument("--redo", default="", metavar="STAGE", help="build this stage anew: history, augment, adapter, export (comma-separated)")
+    run.add_argument(
+        "--redo", default="", metavar="STAGE", help="build this stage anew: history, augment, adapter, export (comma-separated)"
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would run and why, and stop")
     run.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     run.add_argument("--quiet", action="store_true", help="no progress, only the result")

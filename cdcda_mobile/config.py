@@ -11,7 +11,7 @@ from typing import Any
 from cdcda_export.errors import ConfigError
 
 
-def setting(default: Any, help: str = "", metavar: str | None = None) -> Any:  # noqa: A002 - argparse's own word
+def setting(default: Any, help: str = "", metavar: str | None = None) -> Any:
     """Declare a config field with its default and the help text of its flag."""
     metadata = {"help": help, "metavar": metavar}
     if isinstance(default, (dict, list)):

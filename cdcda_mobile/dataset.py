@@ -61,6 +61,8 @@ def check_token_ids(base: GgufFile, encoding: Encoding, probes: Sequence[Probe])
         for probe in probes:
             text = encoding.template.prompt(probe.user_text)
             if tuple(runtime.encode(text)) != probe.prompt:
-                raise ExportError(f"The training tokenizer and llama.cpp disagree on {probe.user_text[:60]!r}; this base cannot be trained on.")
+                raise ExportError(
+                    f"The training tokenizer and llama.cpp disagree on {probe.user_text[:60]!r}; this base cannot be trained on."
+                )
     finally:
         runtime.close()

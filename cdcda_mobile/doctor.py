@@ -51,7 +51,9 @@ def examine(workspace: Path) -> list[Finding]:
     except CdcdaError as error:
         findings.append(Finding(False, "default base", str(error)))
     endpoint = os.environ.get("OPENAI_BASE_URL") or ("the provider's own" if os.environ.get("OPENAI_API_KEY") else "")
-    findings.append(Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model"))
+    findings.append(
+        Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model")
+    )
     return findings
 
 

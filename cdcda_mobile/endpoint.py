@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import os
 import random
@@ -89,9 +90,7 @@ class OpenAITeacher:
         self._jitter = random.Random(seed)
         # A proxy of the environment has no business between us and this very machine.
         direct = openai.DefaultHttpxClient(trust_env=False) if parts.hostname in _LOOPBACK else None
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=self._key or "none", timeout=timeout_s, max_retries=0, http_client=direct
-        )
+        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout_s, max_retries=0, http_client=direct)
         self.name = model or self._first_model()
 
     def start(self) -> None:
@@ -140,7 +139,7 @@ class OpenAITeacher:
         for _ in range(len(_OPTIONAL) + 1):
             sent = {self._spelling(k): v for k, v in body.items() if self._spelling(k) not in self._without}
             try:
-                return self._with_retries(lambda sent=sent: self._post(sent))
+                return self._with_retries(functools.partial(self._post, sent))
             except _Refused as error:
                 if error.parameter not in sent or error.parameter not in _OPTIONAL:
                     raise
@@ -254,7 +253,9 @@ class OpenAITeacher:
             listed = self._client.models.with_raw_response.list().http_response
             names = [str(row["id"]) for row in json.loads(listed.text)["data"]]
         except (ValueError, KeyError, TypeError, OSError, _api_error()):
-            return TeacherError(f"The teacher at {self.url} knows no model '{name}' (HTTP 404); check --teacher-model and --teacher-base-url.")
+            return TeacherError(
+                f"The teacher at {self.url} knows no model '{name}' (HTTP 404); check --teacher-model and --teacher-base-url."
+            )
         if name in names:
             return TeacherError(wrong_path)
         return TeacherError(f"The teacher at {self.url} has no model '{name}'; see --teacher-model.{did_you_mean(name, names[:50])}")
@@ -267,7 +268,8 @@ class OpenAITeacher:
         if not isinstance(value, dict):
             kind = "a web page" if response.text.lstrip()[:1] == "<" else "something else than JSON"
             raise TeacherError(
-                f"{self.url} answers with {kind}, so it is no OpenAI-compatible endpoint; check --teacher-base-url (it usually ends in /v1)."
+                f"{self.url} answers with {kind}, so it is no OpenAI-compatible endpoint; "
+                "check --teacher-base-url (it usually ends in /v1)."
             )
         return value
 

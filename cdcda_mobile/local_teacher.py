@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import cdcda_export
+import cdcda_mobile
 from cdcda_export.errors import FileError, TeacherError
 from cdcda_export.progress import Progress, Silent
 from cdcda_mobile.teacher import LOCAL_SAMPLING, Answer, Request
@@ -44,6 +46,12 @@ class LocalServer:
         self.log.seek(max(0, self.log.tell() - _LOG_TAIL_BYTES))
         lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
         return " / ".join(lines[-_SHOWN_LINES:]) or f"it said nothing, exit status {self.process.poll()}"
+
+
+def _import_path() -> str:
+    """Return a PYTHONPATH under which the child finds the packages where this process found them."""
+    roots = [str(Path(module.__file__).parent.parent) for module in (cdcda_mobile, cdcda_export) if module.__file__]
+    return os.pathsep.join(dict.fromkeys([*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
 @contextmanager
@@ -75,10 +83,13 @@ def local_server(
     if not gguf.is_file():
         raise FileError(f"There is no GGUF {gguf} for the local teacher; see --teacher-gguf.")
     key, shown = secrets.token_urlsafe(24), progress or Silent()
-    command = [sys.executable, "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias or gguf.name]
+    # -P: a file html.py in the user's working directory is not the library's.
+    command = [sys.executable, "-P", "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias or gguf.name]
     command += ["--parent", str(os.getpid()), "--context", str(context)]
     command += ["--threads", str(threads or len(os.sched_getaffinity(0)))]
-    environment = {**os.environ, KEY_VARIABLE: key, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, KEY_VARIABLE: key, "PYTHONPATH": _import_path()}
+    # Threads that spin while they wait make one busy neighbour cost a factor of ten to thirty; sleeping ones, of two.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.pop("OPENAI_API_KEY", None)  # nothing there needs it
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -99,5 +99,3 @@ def peft_config(config: TrainConfig, base_name: str) -> dict[str, object]:
         "inference_mode": True,
         "modules_to_save": None,
     }
-
-

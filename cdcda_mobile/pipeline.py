@@ -9,12 +9,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.artifact import Artifact, check_combination, load_adapter, open_artifact, open_base, verify_artifact, write_artifact
+from cdcda_export.artifact import (
+    Artifact,
+    check_combination,
+    load_adapter,
+    open_artifact,
+    open_base,
+    verify_artifact,
+    write_artifact,
+)
 from cdcda_export.bundle import write_bundle
 from cdcda_export.errors import ConfigError, WorkspaceError
 from cdcda_export.export import adapter_hashes, gate_hash, next_commands
 from cdcda_export.gguf import GgufFile
-from cdcda_export.manifest import Manifest, Stage, outputs_intact, read_manifest, sha256_file, sha256_json, versions, write_atomic, write_json
+from cdcda_export.manifest import (
+    Manifest,
+    Stage,
+    outputs_intact,
+    read_manifest,
+    sha256_file,
+    sha256_json,
+    versions,
+    write_atomic,
+    write_json,
+)
 from cdcda_export.progress import Progress
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.report import write_report
@@ -98,7 +116,11 @@ class Pipeline:
 
     def export_stage(self, history: Manifest) -> Stage:
         """Return the stage of the verified artifact."""
-        inputs = {"base": self.base_sha256, "gate": gate_hash(self.job.export), "history/test.jsonl": history.outputs["test.jsonl"]["sha256"]}
+        inputs = {
+            "base": self.base_sha256,
+            "gate": gate_hash(self.job.export),
+            "history/test.jsonl": history.outputs["test.jsonl"]["sha256"],
+        }
         inputs |= adapter_hashes(self.directory / "adapter")
         return self._stage(self.job.export.directory, asdict(self.job.export), inputs)
 
@@ -321,7 +343,13 @@ class Pipeline:
         }
 
     def _card_facts(
-        self, artifact: dict[str, Any], result: Verification, history: Manifest, augmented: Manifest | None, trained: Manifest, made: Artifact
+        self,
+        artifact: dict[str, Any],
+        result: Verification,
+        history: Manifest,
+        augmented: Manifest | None,
+        trained: Manifest,
+        made: Artifact,
     ) -> dict[str, Any]:
         records = {**trained.metrics["records"], "test": history.metrics["test"], "malformed": history.metrics["malformed"]}
         directory = self.directory / self.job.export.directory

@@ -76,9 +76,7 @@ class Planner:
         DataError: no training record may be shown.
     """
 
-    def __init__(
-        self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig, seed: int, inputs_only: bool
-    ) -> None:
+    def __init__(self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig, seed: int, inputs_only: bool) -> None:
         texts = {normalized(t) for r in held_out for t in (r.input, r.output)}
         self._secrets = tuple(sorted(t for t in texts if len(t.split()) >= _LEAK_WORDS))
         self._exact = {(r.task, normalized(r.input)) for r in held_out}
@@ -113,9 +111,7 @@ class Planner:
         request = self._request(task, strategy, examples, output, records, k)
         return Ask(k, task, strategy, examples, output, request)
 
-    def _for_label(
-        self, task: Task, records: Sequence[Record], number: int, chance: random.Random
-    ) -> tuple[str, tuple[Record, ...], str]:
+    def _for_label(self, task: Task, records: Sequence[Record], number: int, chance: random.Random) -> tuple[str, tuple[Record, ...], str]:
         """Ask for an input of one label, shown by inputs of that label first."""
         label, _ = self._labels[task.name].at(number)
         alike = [record for record in records if record.output == label]
@@ -125,9 +121,7 @@ class Planner:
         chosen = chance.sample(others, min(count - len(chosen), len(others))) + chosen
         return KEEP_OUTPUT, tuple(chosen), label
 
-    def _for_output(
-        self, task: Task, records: Sequence[Record], number: int, chance: random.Random
-    ) -> tuple[str, tuple[Record, ...], str]:
+    def _for_output(self, task: Task, records: Sequence[Record], number: int, chance: random.Random) -> tuple[str, tuple[Record, ...], str]:
         """Ask for another input to a real output; every record lends its output once before one does twice."""
         turn = number if self._inputs_only else number // 2
         order = list(range(len(records)))
@@ -136,9 +130,7 @@ class Planner:
         others = [record for record in records if record is not source]
         return KEEP_OUTPUT, tuple(chance.sample(others, min(self._config.examples, len(others)))), source.output
 
-    def _request(
-        self, task: Task, strategy: str, examples: Sequence[Record], output: str, records: Sequence[Record], k: int
-    ) -> Request:
+    def _request(self, task: Task, strategy: str, examples: Sequence[Record], output: str, records: Sequence[Record], k: int) -> Request:
         lengths = sorted(min(words(record.input), _SHOWN_WORDS) for record in records)
         names = ("input",) if strategy == KEEP_OUTPUT else ("input", "output")
         messages = [{"role": "system", "content": _system(task, strategy, lengths[len(lengths) // 2])}]

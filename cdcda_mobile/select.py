@@ -44,7 +44,7 @@ class _Own:
 
 def first_object(text: str) -> object:
     """Return the first JSON object in a text, which some endpoints wrap in prose or a code fence; None where there is none."""
-    decoder, start = json.JSONDecoder(), text.find("{")
+    decoder, start = json.JSONDecoder(strict=False), text.find("{")  # local grammars let line breaks pass
     while start >= 0:
         try:
             return decoder.raw_decode(text, start)[0]

@@ -93,7 +93,13 @@ class Trainer:
     """
 
     def __init__(
-        self, decoder: Decoder, examples: Sequence[Example], validation: Sequence[Probe], config: TrainConfig, seed: int, directory: Path
+        self,
+        decoder: Decoder,
+        examples: Sequence[Example],
+        validation: Sequence[Probe],
+        config: TrainConfig,
+        seed: int,
+        directory: Path,
     ) -> None:
         keep_freed_memory()
         torch.set_num_threads(config.threads or cpu_threads())
@@ -140,7 +146,7 @@ class Trainer:
     def _batch(self, step: int) -> list[Example]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = list(range(len(self.examples)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)  # noqa: S311 - an order, not a secret
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
         size = self.config.batch_size
         return [self.examples[i] for i in order[index * size : (index + 1) * size]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import make_adapter, make_gguf
 
 from cdcda_export.artifact import default_base
+from tiny import make_adapter, make_gguf
 
 ARCHS = ("llama", "qwen2", "qwen3", "gemma3")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny import make_adapter, make_gguf
 
 from cdcda_export.adapter import base_warning, read_adapter, read_peft
 from cdcda_export.architectures import permute_rows, unpermute_rows
 from cdcda_export.base_model import load_base_model, merge_peft
 from cdcda_export.errors import AdapterError, UnsupportedArchitecture
 from cdcda_export.gguf import GgufFile
+from tiny import make_adapter, make_gguf
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,9 @@ FIRST_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
     ],
 )
-def test_other_kinds_are_refused_by_name(llama_base: Path, llama_adapter: Path, tmp_path: Path, config: dict[str, object], sentence: str) -> None:
+def test_other_kinds_are_refused_by_name(
+    llama_base: Path, llama_adapter: Path, tmp_path: Path, config: dict[str, object], sentence: str
+) -> None:
     with pytest.raises(AdapterError, match=sentence):
         read_adapter(_edit(llama_adapter, tmp_path / "a", **config), GgufFile(llama_base))
 
@@ -111,14 +113,19 @@ def test_other_kinds_are_refused_by_name(llama_base: Path, llama_adapter: Path, 
         (lambda t: t | {FIRST_A: np.zeros((4, 80), np.float32)}, r"q_proj changes a \[64, 80\]"),
         (lambda t: t | {FIRST_A: t[FIRST_A] * np.nan}, "NaN"),
         (lambda t: t | {FIRST_A.replace("layers.0", "layers.9"): t[FIRST_A]}, r"layers\.9.*no counterpart"),
-        (lambda t: t | {"base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)}, "kind of LoRA"),
+        (
+            lambda t: t | {"base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)},
+            "kind of LoRA",
+        ),
         (lambda t: t | {"base_model.model.model.embed_tokens.weight": np.zeros((320, 64), np.float32)}, "vocabulary was grown"),
         (lambda t: t | {"base_model.model.lm_head.weight": np.zeros((288, 64), np.float32)}, "ties it"),
         (lambda t: {"other": np.zeros(1, np.float32)}, "no counterpart"),
         (lambda t: t | {FIRST_A: np.zeros((4, 64), np.int8)}, "stored as I8"),
     ],
 )
-def test_adapters_that_do_not_fit_name_the_tensor(llama_base: Path, llama_adapter: Path, tmp_path: Path, change: object, sentence: str) -> None:
+def test_adapters_that_do_not_fit_name_the_tensor(
+    llama_base: Path, llama_adapter: Path, tmp_path: Path, change: object, sentence: str
+) -> None:
     with pytest.raises(AdapterError, match=sentence):
         read_adapter(_edit(llama_adapter, tmp_path / "a", change), GgufFile(llama_base))
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import LAYERS, make_adapter, make_gguf
 
+from cdcda_export.adapter import read_peft
 from cdcda_export.base_model import load_base_model, merge_peft
 from cdcda_export.chat_template import template_of
 from cdcda_export.decoder import Decoder
 from cdcda_export.errors import FileError, UnsupportedArchitecture
 from cdcda_export.gguf import GgufFile
 from cdcda_export.reference import lora_of
-from cdcda_export.adapter import read_peft
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.tokenizer import bpe_tokenizer
+from tiny import LAYERS, make_adapter, make_gguf
 
 TEXT = "<|im_start|>user\nThe rain in the north is 42 m deep, and on it goes: resting.<|im_end|>\n"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny import make_gguf
 
 from cdcda_export.errors import FileError
 from cdcda_export.gguf import GgufFile, write_gguf
+from tiny import make_gguf
 
 
 def test_metadata_and_tensors_equal_the_reference_readers(tiny_base: Path) -> None:

@@ -9,17 +9,16 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from tiny import make_adapter, make_gguf
 
-from cdcda_export.adapter import read_adapter
+from cdcda_export.adapter import read_adapter, read_peft
 from cdcda_export.base_model import load_base_model, merge_peft
-from cdcda_export.adapter import read_peft
 from cdcda_export.errors import AdapterError, ConfigError, DiskFull, QuantizationError
 from cdcda_export.ggml import dequantize
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf, write_lora_gguf
 from cdcda_export.quantization import choose_types, get_quant, is_double_quantized
 from cdcda_export.runtime import LlamaCpp
+from tiny import make_adapter, make_gguf
 
 FTYPE = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "f16": 1, "q4_k_m": 15}
 
@@ -105,7 +104,11 @@ def test_lora_gguf_in_llama_cpp_equals_the_merged_model(tiny_base: Path, tmp_pat
     merged = _merge(base, adapter, "f32", tmp_path / "m.gguf")
     write_lora_gguf(base, adapter, tmp_path / "lora.gguf")
     ids = list(range(10, 60))
-    with LlamaCpp(merged.path, 64) as one, LlamaCpp(tiny_base, 64, adapter=tmp_path / "lora.gguf") as two, LlamaCpp(tiny_base, 64) as plain:
+    with (
+        LlamaCpp(merged.path, 64) as one,
+        LlamaCpp(tiny_base, 64, adapter=tmp_path / "lora.gguf") as two,
+        LlamaCpp(tiny_base, 64) as plain,
+    ):
         expected, got, without = one.logits(ids), two.logits(ids), plain.logits(ids)
     np.testing.assert_allclose(got, expected, atol=0.05)
     assert np.abs(expected - without).max() > 0.5

@@ -24,7 +24,10 @@ TEXTS = ("a boat on the north shore", "rust again and again", "the cat is in the
 
 
 def _records(count: int) -> list[Record]:
-    return [Record(f"{i:03}", f"2024-01-{1 + i % 28:02}", "headline", f"{TEXTS[i % 4]} {i}", f"{TEXTS[-i % 4]}; {i} times") for i in range(count)]
+    return [
+        Record(f"{i:03}", f"2024-01-{1 + i % 28:02}", "headline", f"{TEXTS[i % 4]} {i}", f"{TEXTS[-i % 4]}; {i} times")
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -50,7 +53,10 @@ def test_loss_and_gradients_equal_peft_on_transformers(llama_base: Path, setting
 
     decoder, probes = setting
     trainer = _train(setting, tmp_path / "t")
-    model = get_peft_model(load_base_model(GgufFile(llama_base)), LoraConfig(r=2, lora_alpha=16, target_modules=CONFIG.targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        load_base_model(GgufFile(llama_base)),
+        LoraConfig(r=2, lora_alpha=16, target_modules=CONFIG.targets, task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(0)
     for name, layer in trainer.lora.layers.items():
         layer.up.data.normal_(std=0.05)

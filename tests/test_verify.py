@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_adapter, make_gguf
 
 import cdcda_export.artifact as artifact_module
 from cdcda_export.adapter import Adapter, read_adapter
@@ -21,6 +20,7 @@ from cdcda_export.manifest import sha256_file
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.verify import Verification, get_gate, log_softmax, make_probe, neutral_texts, nll_of, paragraphs
+from tiny import make_adapter, make_gguf
 
 CONFIG = ExportConfig(quant="q8_0")
 

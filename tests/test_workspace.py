@@ -18,7 +18,9 @@ def test_ids_that_point_elsewhere_are_refused(user: str) -> None:
         folder_name(user)
 
 
-@pytest.mark.parametrize(("user", "name"), [("42", "42"), ("ann@x.org", "ann@x.org"), ("_shared", "%5Fshared"), ("a%2Fb", "a%252Fb"), ("é", "%C3%A9")])
+@pytest.mark.parametrize(
+    ("user", "name"), [("42", "42"), ("ann@x.org", "ann@x.org"), ("_shared", "%5Fshared"), ("a%2Fb", "a%252Fb"), ("é", "%C3%A9")]
+)
 def test_other_ids_get_a_name_of_their_own(user: str, name: str, tmp_path: Path) -> None:
     assert folder_name(user) == name
     assert Workspace(tmp_path).user_directory(user).parent == tmp_path

@@ -52,7 +52,9 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens, types, merges
 
 
-def make_gguf(path: Path, arch: str = "llama", hidden: int = 64, kind: str = "F32", seed: int = 0, layers: int = LAYERS, **changes: Any) -> Path:
+def make_gguf(
+    path: Path, arch: str = "llama", hidden: int = 64, kind: str = "F32", seed: int = 0, layers: int = LAYERS, **changes: Any
+) -> Path:
     """Write a tiny random model; ``changes`` overrides metadata or, with a None value, drops it."""
     rng = np.random.default_rng(seed)
     tokens, types, merges = vocabulary()
@@ -133,7 +135,13 @@ def _norm(rng: np.random.Generator, name: str, size: int) -> InMemory:
 
 
 def make_adapter(
-    directory: Path, base: Path, targets: tuple[str, ...] = TARGETS, rank: int = 4, alpha: float = 8.0, seed: int = 1, **config: Any
+    directory: Path,
+    base: Path,
+    targets: tuple[str, ...] = TARGETS,
+    rank: int = 4,
+    alpha: float = 8.0,
+    seed: int = 1,
+    **config: Any,
 ) -> Path:
     """Write a random LoRA adapter in peft's format; ``config`` overrides adapter_config.json."""
     rng = np.random.default_rng(seed)

@@ -204,9 +204,7 @@ def _delta(module: str, peft: PeftWeights, base: GgufFile, architecture: Archite
     return Delta(target, np.ascontiguousarray(down), np.ascontiguousarray(up), scale)
 
 
-def _replacement(
-    name: str, weights: np.ndarray, base: GgufFile, architecture: Architecture, directory: Path
-) -> tuple[str, np.ndarray]:
+def _replacement(name: str, weights: np.ndarray, base: GgufFile, architecture: Architecture, directory: Path) -> tuple[str, np.ndarray]:
     if name == "lm_head.weight" and "output.weight" not in base:
         raise AdapterError(f"{directory / WEIGHTS}: lm_head was trained apart, but the base ties it to the embedding; it cannot be merged.")
     target = _target(name, base, architecture, directory)
@@ -223,13 +221,13 @@ def _target(parameter: str, base: GgufFile, architecture: Architecture, director
     if target == "output.weight" and target not in base:
         raise AdapterError(f"{directory / WEIGHTS}: lm_head is adapted, but the base ties it to the embedding; it cannot be merged.")
     if target is None or target not in base:
-        raise AdapterError(f"{directory / WEIGHTS}: {parameter} has no counterpart in {base.path.name} ({base.architecture}); is this the right base?")
+        raise AdapterError(
+            f"{directory / WEIGHTS}: {parameter} has no counterpart in {base.path.name} ({base.architecture}); is this the right base?"
+        )
     return target
 
 
-def _refuse_shape(
-    module: str, got: tuple[int, ...], expected: tuple[int, ...], directory: Path, base: GgufFile, grown: bool
-) -> None:
+def _refuse_shape(module: str, got: tuple[int, ...], expected: tuple[int, ...], directory: Path, base: GgufFile, grown: bool) -> None:
     if grown:
         raise AdapterError(
             f"{directory / WEIGHTS}: {module} has {got[0]} rows where {base.path.name} has {expected[0]}: "
@@ -245,7 +243,10 @@ def base_warning(adapter: Adapter, base: GgufFile) -> str | None:
     named = adapter.base_name
     if not named:
         return None
-    own = [str(base.get_value(key) or "") for key in ("general.name", "general.basename")] + [base.path.stem, base.path.parent.name]
+    own = [str(base.get_value(key) or "") for key in ("general.name", "general.basename")] + [
+        base.path.stem,
+        base.path.parent.name,
+    ]
     repository = str(base.get_value("general.repo_url") or base.get_value("general.base_model.0.repo_url") or "")
     wanted = _words(Path(named).name.removesuffix(".gguf"))
     if any(wanted and wanted <= _words(name) for name in (*own, repository)):

@@ -97,7 +97,9 @@ def check_combination(config: ExportConfig, base: GgufFile) -> None:
     quant = config.resolved_quant
     known: Sequence[str] = ONNX_QUANTS if config.format == "onnx" else [name for name in QUANTS if name != "f32"]
     if quant not in known:
-        raise ConfigError(f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)} One of: {', '.join(known)}.")
+        raise ConfigError(
+            f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)} One of: {', '.join(known)}."
+        )
     if config.format != "onnx":
         choose_types(base, get_quant(quant), config.allow_fallback)
 
@@ -126,7 +128,13 @@ def write_artifact(
 
 
 def _write_gguf(
-    base: GgufFile, base_sha256: str, adapter: Adapter | None, config: ExportConfig, directory: Path, shared: Path, progress: Progress
+    base: GgufFile,
+    base_sha256: str,
+    adapter: Adapter | None,
+    config: ExportConfig,
+    directory: Path,
+    shared: Path,
+    progress: Progress,
 ) -> Artifact:
     quant = get_quant(config.resolved_quant)
     types = choose_types(base, quant, config.allow_fallback)
@@ -150,15 +158,20 @@ def _write_lora(
     if manifest is None:
         partial = stage.begin()
         made = _write_gguf(base, base_sha256, None, config, partial, shared, progress)
-        metrics = {"tensor_types": made.tensor_types, "double_quantized": made.double_quantized}
+        metrics: dict[str, Any] = {"tensor_types": made.tensor_types, "double_quantized": made.double_quantized}
         manifest = stage.finish(metrics, made.outputs)
     model = stage.directory / "model.gguf"
     result = write_lora_gguf(base, adapter, directory / "adapter.gguf")
     progress.say(f"adapter of {result.bytes / 1e6:.1f} MB for the shared base {model}")
-    metrics = manifest.metrics
     files = {"adapter": result.path, "model": model}
     return Artifact(
-        config.format, quant, result.path, files, ["adapter.gguf"], dict(metrics["tensor_types"]), metrics["double_quantized"]
+        config.format,
+        quant,
+        result.path,
+        files,
+        ["adapter.gguf"],
+        dict(manifest.metrics["tensor_types"]),
+        manifest.metrics["double_quantized"],
     )
 
 

@@ -42,7 +42,9 @@ def hf_config(base: GgufFile) -> PretrainedConfig:
     architecture = get_architecture(base.architecture, str(base.path))
     scaling = base.get_value(f"{base.architecture}.rope.scaling.type", "none")
     if scaling not in ("none", ""):
-        raise UnsupportedArchitecture(f"{base.path} uses rotary scaling '{scaling}', which cannot be trained here; its adapters can still be exported.")
+        raise UnsupportedArchitecture(
+            f"{base.path} uses rotary scaling '{scaling}', which cannot be trained here; its adapters can still be exported."
+        )
     hidden, heads = int(base.hparam("embedding_length")), int(base.hparam("attention.head_count"))
     values: dict[str, Any] = {
         "vocab_size": base["token_embd.weight"].shape[0],
@@ -63,7 +65,11 @@ def hf_config(base: GgufFile) -> PretrainedConfig:
     }
     if base.architecture == "gemma3":
         window = int(base.hparam("attention.sliding_window", 512))
-        values |= {"sliding_window": window, "query_pre_attn_scalar": values["head_dim"], "hidden_activation": "gelu_pytorch_tanh"}
+        values |= {
+            "sliding_window": window,
+            "query_pre_attn_scalar": values["head_dim"],
+            "hidden_activation": "gelu_pytorch_tanh",
+        }
     return getattr(transformers, architecture.hf_config)(**values)
 
 

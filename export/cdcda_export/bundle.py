@@ -48,7 +48,7 @@ def write_bundle(
         for role, path in files.items()
     }
     context = min(int(base.hparam("context_length")), 2048)
-    weights = sum(entry["bytes"] for entry in entries.values())
+    weights = sum(path.stat().st_size for path in files.values())
     bundle = {
         "schema": SCHEMA,
         "format": artifact["format"],

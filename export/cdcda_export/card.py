@@ -7,7 +7,18 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cdcda_export.card_facts import NOT_APPLICABLE, Facts, Measure, cautions, compared, facts, headline, next_steps, tasks, verdict
+from cdcda_export.card_facts import (
+    NOT_APPLICABLE,
+    Facts,
+    Measure,
+    cautions,
+    compared,
+    facts,
+    headline,
+    next_steps,
+    tasks,
+    verdict,
+)
 from cdcda_export.card_values import clean, finite, number, part, rows, shorten
 
 if TYPE_CHECKING:

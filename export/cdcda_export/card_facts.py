@@ -9,14 +9,14 @@ from typing import Any, Literal
 from cdcda_export.card_values import clean, counts, duration, finite, number, part, percent, rows, significant, size
 
 NOT_APPLICABLE = "not applicable"
-TEACHER_ADVICE = (
-    "A stronger endpoint gives better data: --teacher-base-url URL --teacher-model NAME, "
-    "or OPENAI_BASE_URL and OPENAI_API_KEY."
-)
+TEACHER_OPTIONS = "--teacher-base-url URL --teacher-model NAME"
+TEACHER_ADVICE = f"A stronger endpoint gives better data: {TEACHER_OPTIONS}, or OPENAI_BASE_URL and OPENAI_API_KEY."
 # Label and lines of each fact, the same in every rendering.
 Facts = list[tuple[str, list[str]]]
 
 _LOWER_IS_BETTER = {"MAE", "RMSE", "NLL"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether the artifact may be trusted: ``state`` for colours, ``word`` for people."""
@@ -194,22 +194,22 @@ def _training_lines(card: Mapping[str, Any]) -> list[str]:
         return [NOT_APPLICABLE]
     records = [f"{n} {name}" for name, n in part(found, "records").items() if finite(n)]
     lines = ["records: " + ", ".join(map(clean, records))] if records else []
-    facts = [
-        ("rank {}", number(found.get("rank"), 0)),
-        ("{} epochs", number(found.get("epochs"), 0)),
-        ("{} steps", number(found.get("steps"), 0)),
-        ("best {}", number(found.get("best_step"), 0)),
-        ("{}", duration(found.get("seconds"))),
-        ("{} tokens/s", _rounded(found.get("tokens_per_second"))),
-        ("peak {}", size(found.get("peak_rss_bytes"))),
-    ]
-    lines.append(", ".join(text.format(value) for text, value in facts if value != "n/a"))
+    templates = {"Rank": "rank {}", "Epochs": "{} epochs", "Steps": "{} steps", "Best step": "best {}", "Peak memory": "peak {}"}
+    lines.append(", ".join(templates.get(name, "{}").format(value) for name, value in training_facts(found)))
     return [line for line in lines if line]
 
 
-def _rounded(value: object) -> str:
-    found = finite(value)
-    return "n/a" if found is None else f"{found:.0f}"
+def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of what is known of a training run, its records and curve aside."""
+    speed = finite(training.get("tokens_per_second"))
+    found = [
+        *((name, number(training.get(key), 0)) for name, key in (("Rank", "rank"), ("Epochs", "epochs"), ("Steps", "steps"))),
+        ("Best step", number(training.get("best_step"), 0)),
+        ("Time", duration(training.get("seconds"))),
+        ("Speed", "n/a" if speed is None else f"{speed:.0f} tokens/s"),
+        ("Peak memory", size(training.get("peak_rss_bytes"))),
+    ]
+    return [(name, value) for name, value in found if value != "n/a"]
 
 
 def _teacher_lines(card: Mapping[str, Any]) -> list[str]:

@@ -67,9 +67,9 @@ def number(value: object, digits: int = 3) -> str:
     found = finite(value)
     if found is None:
         return "n/a"
-    if abs(found) >= 1e7:
-        return f"{found:.3g}"
-    return str(value) if isinstance(value, int) else f"{found:.{digits}f}"
+    if isinstance(value, int) and abs(found) < 1e15:
+        return str(value)
+    return f"{found:.{digits}f}" if abs(found) < 1e7 else f"{found:.3g}"
 
 
 def significant(value: object) -> str:

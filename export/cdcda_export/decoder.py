@@ -148,7 +148,12 @@ class Decoder:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight = self.weights[f"{name}.weight"]
-        return F.rms_norm(x, (x.shape[-1],), weight + self.architecture.norm_offset if self.architecture.norm_offset else weight, self.shape.epsilon)
+        return F.rms_norm(
+            x,
+            (x.shape[-1],),
+            weight + self.architecture.norm_offset if self.architecture.norm_offset else weight,
+            self.shape.epsilon,
+        )
 
     def _linear(self, x: Tensor, name: str, adapter: Mapping[str, Lora]) -> Tensor:
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -157,7 +162,9 @@ class Decoder:
             return y
         return torch.addmm(y, F.linear(x, lora.down), lora.up.t(), alpha=lora.scale)
 
-    def _layer(self, index: int, x: Tensor, angles: dict[float, tuple[Tensor, Tensor]], lengths: list[int], adapter: Mapping[str, Lora]) -> Tensor:
+    def _layer(
+        self, index: int, x: Tensor, angles: dict[float, tuple[Tensor, Tensor]], lengths: list[int], adapter: Mapping[str, Lora]
+    ) -> Tensor:
         prefix = f"model.layers.{index}"
         gemma = self.shape.window > 0
         attended = self._attention(index, self._norm(x, f"{prefix}.input_layernorm"), angles, lengths, adapter)
@@ -183,9 +190,11 @@ class Decoder:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         rows, at = [], 0
         for n in lengths:
-            one = [t[at : at + n].transpose(0, 1)[None] for t in (q, k, v)]
+            one, two, three = (t[at : at + n].transpose(0, 1)[None] for t in (q, k, v))
             mask = _window_mask(n, shape.window, x.device) if local and n > shape.window else None
-            rows.append(F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=mask is None, enable_gqa=True)[0].transpose(0, 1))
+            rows.append(
+                F.scaled_dot_product_attention(one, two, three, attn_mask=mask, is_causal=mask is None, enable_gqa=True)[0].transpose(0, 1)
+            )
             at += n
         return self._linear(torch.cat(rows).reshape(at, shape.heads * shape.head_dim), f"{prefix}.o_proj", adapter)
 

@@ -103,7 +103,12 @@ def neutral_probes(base: GgufFile, texts: Sequence[str], max_tokens: int) -> lis
 
 def stage_of(job: AdapterJob, base_sha256: str) -> Stage:
     """Return the stage of an adapter export."""
-    inputs = {"base": base_sha256, "gate": gate_hash(job.config), "text": sha256_json(_texts(job.text)), **adapter_hashes(job.adapter)}
+    inputs = {
+        "base": base_sha256,
+        "gate": gate_hash(job.config),
+        "text": sha256_json(_texts(job.text)),
+        **adapter_hashes(job.adapter),
+    }
     return Stage(job.directory, asdict(job.config), inputs, job.redo)
 
 
@@ -155,7 +160,13 @@ def _build(job: AdapterJob, base: GgufFile, base_sha256: str, partial: Path, pro
         "personal_gain": None,
         "tasks": [],
         "samples": [
-            {"task": "text", "input": p.user_text.removeprefix(_NEUTRAL_PROMPT).strip(), "base": b, "personal": a, "user": p.answer_text}
+            {
+                "task": "text",
+                "input": p.user_text.removeprefix(_NEUTRAL_PROMPT).strip(),
+                "base": b,
+                "personal": a,
+                "user": p.answer_text,
+            }
             for p, a, b in zip(probes, answers, base_answers, strict=False)
         ],
         "training": None,

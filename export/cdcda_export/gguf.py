@@ -249,9 +249,17 @@ def pack_pair(key: str, value: str | bool | int | float | list[str]) -> bytes:
 class TensorSource(Protocol):
     """A tensor whose bytes are made when it is written, so that only one is in memory at a time."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: GgmlType
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+
+    @property
+    def type(self) -> GgmlType:
+        """How it is stored."""
 
     def read(self) -> np.ndarray:
         """Return the stored bytes, uint8."""
@@ -298,7 +306,7 @@ def write_gguf(
         stream.write(header)
         for source in sources:
             data = source.read()
-            stream.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+            stream.write(np.ascontiguousarray(data).data.cast("B"))
             stream.write(b"\0" * (-data.nbytes % alignment))
             if on_tensor is not None:
                 on_tensor(source.name)

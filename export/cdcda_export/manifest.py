@@ -13,7 +13,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ class Stage:
             outputs=hashed,
             metrics=dict(metrics),
             versions=versions(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_json(self.partial / MANIFEST, asdict(manifest))
         old = self.directory.with_name(f"{self.name}.old")

@@ -68,7 +68,11 @@ class GgufResult:
 def metadata_of(base: GgufFile, quant: Quant) -> list[bytes]:
     """Return the base's metadata entry by entry as stored, but for the two that name the quantization."""
     pairs = [base.raw_pair(key) for key in base.keys_of_metadata() if key not in _REWRITTEN_KEYS]
-    return [*pairs, pack_pair("general.file_type", quant.file_type), pack_pair("general.quantization_version", _QUANTIZATION_VERSION)]
+    return [
+        *pairs,
+        pack_pair("general.file_type", quant.file_type),
+        pack_pair("general.quantization_version", _QUANTIZATION_VERSION),
+    ]
 
 
 def merge_to_gguf(
@@ -149,7 +153,9 @@ def write_or_explain(
     need = sum(row_bytes(t.type, t.shape[-1]) * int(np.prod(t.shape[:-1], dtype=np.int64)) for t in tensors) + sum(map(len, pairs))
     free = shutil.disk_usage(path.parent).free
     if free < need:
-        raise DiskFull(f"{path.parent} has {free / 1e6:.0f} MB free, the artifact needs {need / 1e6:.0f} MB; free some space and run again.")
+        raise DiskFull(
+            f"{path.parent} has {free / 1e6:.0f} MB free, the artifact needs {need / 1e6:.0f} MB; free some space and run again."
+        )
     try:
         write_gguf(path, pairs, tensors, alignment, on_tensor)
     except OSError as error:

@@ -28,7 +28,8 @@ class ExportConfig:
 
     format: str = field(default="gguf", metadata={"help": "gguf, gguf-lora or onnx", "choices": tuple(FORMATS)})
     quant: str = field(
-        default="", metadata={"help": "q4_0, q4_1, q8_0, q4_k_m, f16; for onnx int8, int4 (default: q4_0, for onnx int8)", "metavar": "TYPE"}
+        default="",
+        metadata={"help": "q4_0, q4_1, q8_0, q4_k_m, f16; for onnx int8, int4 (default: q4_0, for onnx int8)", "metavar": "TYPE"},
     )
     allow_fallback: bool = field(default=False, metadata={"help": "let a K-quant fall back where rows are no multiple of 256"})
     max_kl: float = field(default=0.0, metadata={})

@@ -13,7 +13,6 @@ import numpy as np
 
 from cdcda_export.errors import FileError, MissingDependency
 
-
 _log: list[str] = []
 
 

@@ -154,7 +154,13 @@ def nll_of(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
 
 
 def verify(
-    runtime: Runtime, template: ChatTemplate, probes: Sequence[Probe], reference: Reference, reference_name: str, gate: Gate, progress: Progress,
+    runtime: Runtime,
+    template: ChatTemplate,
+    probes: Sequence[Probe],
+    reference: Reference,
+    reference_name: str,
+    gate: Gate,
+    progress: Progress,
     arrived: Mapping[str, float] | None = None,
 ) -> Verification:
     """Compare an artifact with the merged model in float32.
