@@ -18,7 +18,7 @@ from typing import Any
 from laboratory import RESULTS, print_table, write_results
 
 from cdcda_export.adapter import read_adapter, read_peft
-from cdcda_export.artifact import _ARRIVALS, open_artifact, open_base, write_artifact
+from cdcda_export.artifact import _ARRIVALS, Order, open_artifact, open_base, write_artifact
 from cdcda_export.decoder import Decoder
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import sha256_file
@@ -28,6 +28,7 @@ from cdcda_export.reference import merged_reference
 from cdcda_export.verify import Gate, verify
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import Record
+from cdcda_mobile.importance import load_importance
 from cdcda_mobile.pipeline import read_lines
 
 GGUF = ("f16", "q8_0", "q4_k_m", "q4_1", "q4_0")
@@ -46,7 +47,8 @@ def measure(user: Path, kind: str, quant: str, base: GgufFile, base_sha: str, de
     records = [Record(**row) for row in read_lines(user / "history" / "test.jsonl")]
     probes = encoding_of(base).probes(records, config.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        made = write_artifact(base, base_sha, adapter, config, Path(folder), Path(folder) / "_shared", Silent())
+        order = Order(base, base_sha, adapter, config, Path(folder), Path(folder) / "_shared", load_importance(user / "adapter"))
+        made = write_artifact(order, Silent())
         arrived = _ARRIVALS[kind](base, made, read_peft(adapter.path))
         with (
             open_artifact(made, config.max_tokens) as (runtime, template),

@@ -246,7 +246,8 @@ class _Run:
             self._progress.advance(len(self._kept))
 
     def _ask_ahead(self) -> None:
-        while self._next < min(self._limit, self._judged + self._hired.concurrency):
+        # Not past an answer that waits to be judged: it may be the last that is needed.
+        while self._judged not in self._ready and self._next < min(self._limit, self._judged + self._hired.concurrency):
             if not self._budget.admit():
                 self._stopped = self._budget.exhausted()
                 return

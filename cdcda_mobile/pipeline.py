@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,7 @@ from cdcda_mobile.workspace import Workspace
 
 STAGES = ("history", "augment", "adapter", "export")
 _SAMPLES = 3
+_IMPORTANCE_RECORDS = 40
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ class Pipeline:
             "history/test.jsonl": history.outputs["test.jsonl"]["sha256"],
         }
         inputs |= adapter_hashes(self.directory / "adapter")
+        importance = self.directory / "adapter" / "importance.safetensors"
+        if importance.exists() and self.job.export.importance == "user":
+            inputs["adapter/importance"] = sha256_file(importance)
         return self._stage(self.job.export.directory, asdict(self.job.export), inputs)
 
     def _stage(self, name: str, config: dict[str, Any], inputs: dict[str, str]) -> Stage:
@@ -266,8 +271,9 @@ class Pipeline:
 
     def _run_train(self, stage: Stage) -> Manifest:
         from cdcda_mobile.dataset import check_token_ids, encoding_of
+        from cdcda_mobile.importance import gather_importance, save_importance
         from cdcda_mobile.lora import save_adapter
-        from cdcda_mobile.train import CHECKPOINT, Example, Trainer
+        from cdcda_mobile.train import Example, Trainer
 
         config, partial = self.job.train, stage.begin()
         encoding = encoding_of(self.base)
@@ -280,8 +286,10 @@ class Pipeline:
         examples += [Example(p, config.synthetic_weight) for p in encoding.probes(synthetic, config.max_tokens)]
         trainer = Trainer(self.decoder(), examples, encoding.probes(validation, config.max_tokens), config, self.job.seed, partial)
         result = trainer.run(self.progress)
+        trainer.lora.flat.data.copy_(result.best)
+        importance = gather_importance(self.decoder(), result.lora.layers, probes[-_IMPORTANCE_RECORDS:], self.progress)
         files = save_adapter(result.lora, result.best, config, self.base.path.stem, partial)
-        (partial / CHECKPOINT).unlink(missing_ok=True)
+        files.append(save_importance(importance, partial))
         counts = {"train": len(train), "validation": len(validation), "synthetic": len(synthetic)}
         return stage.finish({**result.metrics(), "records": counts, "rank": config.rank, "epochs": config.epochs}, files)
 
@@ -306,7 +314,9 @@ class Pipeline:
         adapter = load_adapter(self.directory / "adapter", self.base, self.progress)
         test = self.records("test")
         probes = encoding_of(self.base).probes(test, config.max_tokens)
-        artifact = write_artifact(self.base, self.base_sha256, adapter, config, partial, self.job.workspace / "_shared", self.progress)
+        shared = self.job.workspace / "_shared"
+        order = Order(self.base, self.base_sha256, adapter, config, partial, shared, self._importance())
+        artifact = write_artifact(order, self.progress)
         with open_artifact(artifact, config.max_tokens) as (runtime, template):
             result = verify_artifact(artifact, runtime, template, probes, self.base, adapter, config, self.progress, self._decoder)
             card = self._evaluate(runtime, test, probes, result)
@@ -315,6 +325,13 @@ class Pipeline:
         bundled = write_bundle(partial, self.base, self.base_sha256, artifact.files, described, result.as_card(), presets)
         card |= self._card_facts(described, result, history, augmented, trained, artifact)
         return stage.finish({"card": card}, [*artifact.outputs, *bundled])
+
+    def _importance(self) -> dict[str, Any] | None:
+        if self.job.export.importance == "none":
+            return None
+        from cdcda_mobile.importance import load_importance
+
+        return load_importance(self.directory / "adapter")
 
     def _evaluate(self, runtime: Any, test: list[Record], probes: list[Any], result: Verification) -> dict[str, Any]:
         from cdcda_mobile.evaluate import answer_all, task_rows
@@ -332,7 +349,7 @@ class Pipeline:
                 "nll_base": nll_base,
                 "nll_personal_f32": result.nll_reference,
                 "nll_personal": result.nll,
-                "survived": (nll_base - result.nll) / gain_f32 if gain_f32 > 0 else 0.0,
+                "survived": (nll_base - result.nll) / gain_f32 if gain_f32 > 0 else None,
                 "tokens": tokens,
             },
             "tasks": task_rows(test, probes, base_nll, result.probe_nll, base_answers, answers),
@@ -354,7 +371,10 @@ class Pipeline:
         records = {**trained.metrics["records"], "test": history.metrics["test"], "malformed": history.metrics["malformed"]}
         directory = self.directory / self.job.export.directory
         commands = next_commands(directory, made.format, made.main.name)
-        commands[0:2] = [["Talk to it", f"cdcda chat {self.directory}"], ["Read the report", str(self.directory / "report.html")]]
+        commands[0:2] = [
+            ["Talk to it", f"cdcda chat {shlex.quote(str(self.directory))}"],
+            ["Read the report", str(self.directory / "report.html")],
+        ]
         return {
             "user": self.job.user,
             "base": {"name": self.base.path.name, "sha256": self.base_sha256},

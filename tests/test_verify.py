@@ -12,7 +12,7 @@ import pytest
 import cdcda_export.artifact as artifact_module
 from cdcda_export.adapter import Adapter, read_adapter
 from cdcda_export.architectures import heads_of, unpermute_rows
-from cdcda_export.artifact import Artifact, gate_of, open_artifact, verify_artifact, write_artifact
+from cdcda_export.artifact import Artifact, Order, gate_of, open_artifact, verify_artifact, write_artifact
 from cdcda_export.errors import ConfigError, ExportError, VerificationFailed
 from cdcda_export.export import neutral_probes
 from cdcda_export.gguf import GgufFile
@@ -40,7 +40,7 @@ def _unpermuted(adapter: Adapter, base: GgufFile) -> Adapter:
 def _check(base: GgufFile, written: Adapter, true: Adapter, config: ExportConfig, folder: Path) -> Verification:
     """Write an artifact with one adapter, and verify it as if another had been meant."""
     folder.mkdir(exist_ok=True)
-    made = write_artifact(base, sha256_file(base.path), written, config, folder, folder / "_shared", Silent())
+    made = write_artifact(Order(base, sha256_file(base.path), written, config, folder, folder / "_shared"), Silent())
     probes = neutral_probes(base, neutral_texts()[:4], config.max_tokens)
     with open_artifact(made, config.max_tokens) as (runtime, template):
         return verify_artifact(made, runtime, template, probes, base, true, config, Silent())
@@ -88,7 +88,7 @@ def test_a_dropped_or_changed_template_fails(case: tuple[GgufFile, Adapter], tmp
     folder = tmp_path / "out"
     folder.mkdir()
     stripped = GgufFile(make_gguf(tmp_path / "stripped.gguf", **{"tokenizer.chat_template": template or "{{ 'x' }}"}))
-    made = write_artifact(stripped, "0" * 64, adapter, CONFIG, folder, folder, Silent())
+    made = write_artifact(Order(stripped, "0" * 64, adapter, CONFIG, folder, folder), Silent())
     probes = neutral_probes(base, neutral_texts()[:3], 512)
     with open_artifact(made, 512) as (runtime, carried), pytest.raises(VerificationFailed, match="other token ids.*3 of 3"):
         verify_artifact(made, runtime, carried, probes, base, adapter, CONFIG, Silent())
@@ -98,7 +98,7 @@ def test_a_changed_tokenizer_fails(case: tuple[GgufFile, Adapter], tmp_path: Pat
     base, adapter = case
     other = GgufFile(make_gguf(tmp_path / "other.gguf", **{"tokenizer.ggml.merges": ["t h"]}))
     (tmp_path / "o").mkdir()
-    made = write_artifact(other, "0" * 64, adapter, CONFIG, tmp_path / "o", tmp_path, Silent())
+    made = write_artifact(Order(other, "0" * 64, adapter, CONFIG, tmp_path / "o", tmp_path), Silent())
     probes = neutral_probes(base, neutral_texts()[:3], 512)
     with open_artifact(made, 512) as (runtime, carried), pytest.raises(VerificationFailed, match="other token ids"):
         verify_artifact(made, runtime, carried, probes, base, adapter, CONFIG, Silent())
@@ -149,5 +149,5 @@ def test_neutral_text_ships_and_paragraphs_are_split() -> None:
 
 def test_artifact_card_names_the_final_place(case: tuple[GgufFile, Adapter], tmp_path: Path) -> None:
     base, adapter = case
-    made: Artifact = write_artifact(base, "0" * 64, adapter, CONFIG, tmp_path, tmp_path, Silent())
+    made: Artifact = write_artifact(Order(base, "0" * 64, adapter, CONFIG, tmp_path, tmp_path), Silent())
     assert made.as_card(Path("runs/42/gguf-q8_0"))["file"] == "runs/42/gguf-q8_0/model.gguf"

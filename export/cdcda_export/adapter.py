@@ -234,7 +234,8 @@ def _refuse_shape(module: str, got: tuple[int, ...], expected: tuple[int, ...], 
             "the vocabulary was grown in training; export needs a base GGUF with the same tokenizer."
         )
     raise AdapterError(
-        f"{directory / WEIGHTS}: {module} changes a {list(got)} matrix, but in {base.path.name} it is {list(expected)}; is this the right base?"
+        f"{directory / WEIGHTS}: {module} changes a {list(got)} matrix, but in {base.path.name} it is {list(expected)}; "
+        "is this the right base?"
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cdcda_export.adapter import Adapter, PeftWeights, base_warning, read_adapter, read_peft
 from cdcda_export.arrival import arrived_in_lora, arrived_in_merged
@@ -110,88 +112,81 @@ def gate_of(config: ExportConfig) -> Gate:
     return Gate(config.max_kl or measured.kl, config.min_top1 or measured.top1, config.max_arrival_error or measured.arrival)
 
 
-def write_artifact(
-    base: GgufFile, base_sha256: str, adapter: Adapter, config: ExportConfig, directory: Path, shared: Path, progress: Progress
-) -> Artifact:
-    """Write the artifact into a partial stage directory.
+@dataclass(frozen=True)
+class Order:
+    """What is to be written, and where.
 
-    Args:
+    Attributes:
         base: the base model.
         base_sha256: its hash.
         adapter: the adapter, matched to it.
         config: format and quantization.
         directory: the stage's partial directory.
         shared: where what belongs to no single user is kept (the base of ``gguf-lora``).
-        progress: told of every tensor.
+        importance: tensor -> mean squared input of each column, for the quantizer of ``gguf``; None for none.
     """
-    return _WRITERS[config.format](base, base_sha256, adapter, config, directory, shared, progress)
+
+    base: GgufFile
+    base_sha256: str
+    adapter: Adapter
+    config: ExportConfig
+    directory: Path
+    shared: Path
+    importance: Mapping[str, np.ndarray] | None = None
 
 
-def _write_gguf(
-    base: GgufFile,
-    base_sha256: str,
-    adapter: Adapter | None,
-    config: ExportConfig,
-    directory: Path,
-    shared: Path,
-    progress: Progress,
-) -> Artifact:
-    quant = get_quant(config.resolved_quant)
-    types = choose_types(base, quant, config.allow_fallback)
+def write_artifact(order: Order, progress: Progress) -> Artifact:
+    """Write an artifact into a partial stage directory; nothing of it is verified yet."""
+    return _WRITERS[order.config.format](order, progress)
+
+
+def _write_merged(order: Order, progress: Progress) -> Artifact:
+    return _quantized(order, order.adapter, order.directory, progress)
+
+
+def _quantized(order: Order, adapter: Adapter | None, directory: Path, progress: Progress) -> Artifact:
+    base, quant = order.base, get_quant(order.config.resolved_quant)
+    types = choose_types(base, quant, order.config.allow_fallback)
     progress.start(f"merging and quantizing to {quant.name}", len(base), "tensors")
-    result = merge_to_gguf(base, adapter, types, quant, directory / "model.gguf", lambda _: progress.advance())
+    importance = order.importance if adapter is not None else None
+    result = merge_to_gguf(base, adapter, types, quant, directory / "model.gguf", lambda _: progress.advance(), importance)
     progress.done(f"{result.bytes / 1e6:.1f} MB")
     files = {"model": result.path}
-    return Artifact(config.format, quant.name, result.path, files, ["model.gguf"], result.types, result.double_quantized)
+    return Artifact(order.config.format, quant.name, result.path, files, ["model.gguf"], result.types, result.double_quantized)
 
 
-def _write_lora(
-    base: GgufFile, base_sha256: str, adapter: Adapter, config: ExportConfig, directory: Path, shared: Path, progress: Progress
-) -> Artifact:
-    quant = config.resolved_quant
-    stage = Stage(
-        shared / f"base-{quant}-{base_sha256[:12]}",
-        {"quant": quant, "allow_fallback": config.allow_fallback},
-        {"base": base_sha256},
-    )
+def _write_lora(order: Order, progress: Progress) -> Artifact:
+    quant = order.config.resolved_quant
+    settings = {"quant": quant, "allow_fallback": order.config.allow_fallback}
+    stage = Stage(order.shared / f"base-{quant}-{order.base_sha256[:12]}", settings, {"base": order.base_sha256})
     manifest = stage.finished()
     if manifest is None:
-        partial = stage.begin()
-        made = _write_gguf(base, base_sha256, None, config, partial, shared, progress)
+        made = _quantized(order, None, stage.begin(), progress)
         metrics: dict[str, Any] = {"tensor_types": made.tensor_types, "double_quantized": made.double_quantized}
         manifest = stage.finish(metrics, made.outputs)
     model = stage.directory / "model.gguf"
-    result = write_lora_gguf(base, adapter, directory / "adapter.gguf")
+    result = write_lora_gguf(order.base, order.adapter, order.directory / "adapter.gguf")
     progress.say(f"adapter of {result.bytes / 1e6:.1f} MB for the shared base {model}")
     files = {"adapter": result.path, "model": model}
-    return Artifact(
-        config.format,
-        quant,
-        result.path,
-        files,
-        ["adapter.gguf"],
-        dict(manifest.metrics["tensor_types"]),
-        manifest.metrics["double_quantized"],
-    )
+    facts = manifest.metrics
+    return Artifact("gguf-lora", quant, result.path, files, ["adapter.gguf"], dict(facts["tensor_types"]), facts["double_quantized"])
 
 
-def _write_onnx(
-    base: GgufFile, base_sha256: str, adapter: Adapter, config: ExportConfig, directory: Path, shared: Path, progress: Progress
-) -> Artifact:
+def _write_onnx(order: Order, progress: Progress) -> Artifact:
     from cdcda_export.base_model import load_base_model, merge_peft
     from cdcda_export.onnx import export_onnx
 
     progress.start("loading the base for ONNX")
-    model = load_base_model(base)
-    merge_peft(model, read_peft(adapter.path))
+    model = load_base_model(order.base)
+    merge_peft(model, read_peft(order.adapter.path))
     progress.done()
-    result = export_onnx(model, base, config.resolved_quant, directory, progress)
-    outputs = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    main = directory / "model.onnx"
-    return Artifact(config.format, config.resolved_quant, main, {"model": main}, outputs, result.tensor_types, None)
+    result = export_onnx(model, order.base, order.config.resolved_quant, order.directory, progress)
+    outputs = sorted(path.name for path in order.directory.iterdir() if not path.name.startswith("."))
+    main = order.directory / "model.onnx"
+    return Artifact("onnx", order.config.resolved_quant, main, {"model": main}, outputs, result.tensor_types, None)
 
 
-_WRITERS: dict[str, Callable[..., Artifact]] = {"gguf": _write_gguf, "gguf-lora": _write_lora, "onnx": _write_onnx}
+_WRITERS: dict[str, Callable[[Order, Progress], Artifact]] = {"gguf": _write_merged, "gguf-lora": _write_lora, "onnx": _write_onnx}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A base GGUF in Hugging Face's layout, tensor by tensor or as a whole transformers model (for the ONNX graph).
 
-transformers can read GGUF files itself, but takes 25 s for the weights and 13 s for the tokenizer of the default base; this takes about one.
+transformers can read GGUF files itself, but takes 25 s for the weights and 13 s for the tokenizer of the default base;
+this takes about one.
 """
 
 from __future__ import annotations

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cdcda_export.adapter import CONFIG, WEIGHTS
 from cdcda_export.artifact import (
+    Order,
     check_combination,
     gate_of,
     load_adapter,
@@ -143,7 +146,7 @@ def export_adapter(job: AdapterJob, progress: Progress) -> dict[str, Any]:
 def _build(job: AdapterJob, base: GgufFile, base_sha256: str, partial: Path, progress: Progress) -> dict[str, Any]:
     adapter = load_adapter(job.adapter, base, progress)
     probes = neutral_probes(base, _texts(job.text), job.config.max_tokens)
-    artifact = write_artifact(base, base_sha256, adapter, job.config, partial, job.workspace / "_shared", progress)
+    artifact = write_artifact(Order(base, base_sha256, adapter, job.config, partial, job.workspace / "_shared"), progress)
     with open_artifact(artifact, job.config.max_tokens) as (runtime, template):
         verification = verify_artifact(artifact, runtime, template, probes, base, adapter, job.config, progress)
         answers = [runtime.decode(runtime.greedy(list(p.prompt), job.config.answer_tokens)) for p in probes[:_SAMPLES]]
@@ -174,17 +177,18 @@ def _build(job: AdapterJob, base: GgufFile, base_sha256: str, partial: Path, pro
         "warnings": list(getattr(progress, "warnings", [])),
         "next": next_commands(job.directory, artifact.format, artifact.main.name),
         "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "_outputs": [*artifact.outputs, *bundled],
     }
 
 
 def next_commands(directory: Path, kind: str, file: str) -> list[list[str]]:
     """Return what a user can do with an artifact, as (purpose, command) pairs."""
-    commands = [["Talk to it", f"cdcda chat {directory}"], ["Read the report", str(directory / "report.html")]]
+    commands = [["Talk to it", f"cdcda chat {shlex.quote(str(directory))}"], ["Read the report", str(directory / "report.html")]]
     if kind == "gguf":
-        commands.append(["Run it in llama.cpp", f"llama-cli -m {directory / file}"])
+        commands.append(["Run it in llama.cpp", f"llama-cli -m {shlex.quote(str(directory / file))}"])
     if kind == "gguf-lora":
-        commands.append(["Run it in llama.cpp", f"llama-cli -m BASE.gguf --lora {directory / file}"])
+        commands.append(["Run it in llama.cpp", f"llama-cli -m BASE.gguf --lora {shlex.quote(str(directory / file))}"])
     return commands
 
 
