@@ -28,7 +28,6 @@ from cdcda_export.reference import merged_reference
 from cdcda_export.verify import Gate, verify
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import Record
-from cdcda_mobile.importance import load_importance
 from cdcda_mobile.pipeline import read_lines
 
 GGUF = ("f16", "q8_0", "q4_k_m", "q4_1", "q4_0")
@@ -47,7 +46,7 @@ def measure(user: Path, kind: str, quant: str, base: GgufFile, base_sha: str, de
     records = [Record(**row) for row in read_lines(user / "history" / "test.jsonl")]
     probes = encoding_of(base).probes(records, config.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        order = Order(base, base_sha, adapter, config, Path(folder), Path(folder) / "_shared", load_importance(user / "adapter"))
+        order = Order(base, base_sha, adapter, config, Path(folder), Path(folder) / "_shared")
         made = write_artifact(order, Silent())
         arrived = _ARRIVALS[kind](base, made, read_peft(adapter.path))
         with (

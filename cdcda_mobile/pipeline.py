@@ -12,6 +12,7 @@ from typing import Any
 
 from cdcda_export.artifact import (
     Artifact,
+    Order,
     check_combination,
     load_adapter,
     open_artifact,
@@ -46,7 +47,6 @@ from cdcda_mobile.workspace import Workspace
 
 STAGES = ("history", "augment", "adapter", "export")
 _SAMPLES = 3
-_IMPORTANCE_RECORDS = 40
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,6 @@ class Pipeline:
             "history/test.jsonl": history.outputs["test.jsonl"]["sha256"],
         }
         inputs |= adapter_hashes(self.directory / "adapter")
-        importance = self.directory / "adapter" / "importance.safetensors"
-        if importance.exists() and self.job.export.importance == "user":
-            inputs["adapter/importance"] = sha256_file(importance)
         return self._stage(self.job.export.directory, asdict(self.job.export), inputs)
 
     def _stage(self, name: str, config: dict[str, Any], inputs: dict[str, str]) -> Stage:
@@ -170,6 +167,8 @@ class Pipeline:
         Args:
             until: ``augment`` or ``adapter`` stops after that stage and returns its metrics instead.
         """
+        if not self.job.export_only:
+            self._split()  # first: a mistyped user or source must leave no folder and bind no workspace
         with self.workspace.locked(self.job.user):
             self.workspace.bind(self._source(), self.base_sha256, self.base.path.name)
             if self.job.export_only:
@@ -271,7 +270,6 @@ class Pipeline:
 
     def _run_train(self, stage: Stage) -> Manifest:
         from cdcda_mobile.dataset import check_token_ids, encoding_of
-        from cdcda_mobile.importance import gather_importance, save_importance
         from cdcda_mobile.lora import save_adapter
         from cdcda_mobile.train import Example, Trainer
 
@@ -286,10 +284,7 @@ class Pipeline:
         examples += [Example(p, config.synthetic_weight) for p in encoding.probes(synthetic, config.max_tokens)]
         trainer = Trainer(self.decoder(), examples, encoding.probes(validation, config.max_tokens), config, self.job.seed, partial)
         result = trainer.run(self.progress)
-        trainer.lora.flat.data.copy_(result.best)
-        importance = gather_importance(self.decoder(), result.lora.layers, probes[-_IMPORTANCE_RECORDS:], self.progress)
         files = save_adapter(result.lora, result.best, config, self.base.path.stem, partial)
-        files.append(save_importance(importance, partial))
         counts = {"train": len(train), "validation": len(validation), "synthetic": len(synthetic)}
         return stage.finish({**result.metrics(), "records": counts, "rank": config.rank, "epochs": config.epochs}, files)
 
@@ -315,7 +310,7 @@ class Pipeline:
         test = self.records("test")
         probes = encoding_of(self.base).probes(test, config.max_tokens)
         shared = self.job.workspace / "_shared"
-        order = Order(self.base, self.base_sha256, adapter, config, partial, shared, self._importance())
+        order = Order(self.base, self.base_sha256, adapter, config, partial, shared)
         artifact = write_artifact(order, self.progress)
         with open_artifact(artifact, config.max_tokens) as (runtime, template):
             result = verify_artifact(artifact, runtime, template, probes, self.base, adapter, config, self.progress, self._decoder)
@@ -325,13 +320,6 @@ class Pipeline:
         bundled = write_bundle(partial, self.base, self.base_sha256, artifact.files, described, result.as_card(), presets)
         card |= self._card_facts(described, result, history, augmented, trained, artifact)
         return stage.finish({"card": card}, [*artifact.outputs, *bundled])
-
-    def _importance(self) -> dict[str, Any] | None:
-        if self.job.export.importance == "none":
-            return None
-        from cdcda_mobile.importance import load_importance
-
-        return load_importance(self.directory / "adapter")
 
     def _evaluate(self, runtime: Any, test: list[Record], probes: list[Any], result: Verification) -> dict[str, Any]:
         from cdcda_mobile.evaluate import answer_all, task_rows

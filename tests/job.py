@@ -34,6 +34,7 @@ retries = 1
 [train]
 rank = 2
 epochs = {epochs}
+patience = 999
 batch_size = 4
 checkpoint_steps = 2
 learning_rate = 0.01
@@ -135,18 +136,28 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def group_members(group: int) -> list[int]:
-    """The live processes of a process group (Linux)."""
-    found = []
+def _processes() -> dict[int, tuple[int, int]]:
+    """Live processes -> (parent, process group); Linux."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                state, _, pgrp = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+                state, parent, group = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
             except (OSError, ValueError):
-                continue
-            if int(pgrp) == group and state != "Z":
-                found.append(int(entry.name))
+                continue  # it ended meanwhile
+            if state != "Z":
+                found[int(entry.name)] = int(parent), int(group)
     return found
+
+
+def group_members(group: int) -> list[int]:
+    """The live processes of a process group."""
+    return [pid for pid, (_, own) in _processes().items() if own == group]
+
+
+def children(parent: int) -> list[int]:
+    """The live children of a process."""
+    return [pid for pid, (own, _) in _processes().items() if own == parent]
 
 
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> bool:

@@ -23,6 +23,7 @@ from cdcda_mobile.config import TeacherConfig
 from cdcda_mobile.endpoint import OpenAITeacher
 from cdcda_mobile.local_teacher import LocalTeacher, local_server
 from cdcda_mobile.teacher import LOCAL_SAMPLING, Answer, AnswerLog, Budget, Request, hire
+from cdcda_mobile.teacher_server import stateless_llama
 from fake_endpoint import FakeEndpoint, Reply, chat, failure, serving
 
 SECRET = "sk-very-secret-0123456789"
@@ -317,6 +318,35 @@ def test_the_local_answer_depends_on_the_request_alone(monkeypatch: pytest.Monke
         assert server.process.poll() is not None
     assert texts[0] == texts[1]
     assert texts[0].startswith('{"input": "')
+
+
+@pytest.mark.model
+def test_every_prompt_is_computed_whole_and_leaves_the_same_logits() -> None:
+    import llama_cpp
+    import numpy as np
+
+    def after(*prompts: str) -> tuple[bytes, bool]:
+        evaluated: list[int] = []
+
+        class Counting(stateless_llama()):  # type: ignore[misc]
+            def eval(self, tokens: Any) -> None:
+                evaluated.append(len(tokens))
+                super().eval(tokens)
+
+        model = Counting(str(default_base()), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+        lengths = []
+        for prompt in prompts:
+            tokens = model.tokenize(prompt.encode())
+            lengths.append(len(tokens))
+            next(model.generate(tokens, temp=0.0))
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), shape=(model.n_vocab(),)).tobytes()
+        model.close()
+        return logits, evaluated == lengths
+
+    start = "The lighthouse keeper counted the ships that passed " * 4
+    wanted = start + "and wrote their names into a book."
+    # llama-cpp-python itself would keep what two prompts have in common; whether that changes a bit depends on the processor's kernels.
+    assert after(start + "until it was dark.", wanted, wanted) == after(wanted) == (after(wanted)[0], True)
 
 
 @pytest.mark.model

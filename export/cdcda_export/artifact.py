@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cdcda_export.adapter import Adapter, PeftWeights, base_warning, read_adapter, read_peft
 from cdcda_export.arrival import arrived_in_lora, arrived_in_merged
 from cdcda_export.chat_template import ChatTemplate, template_of
-from cdcda_export.errors import ConfigError, FileError, MissingDependency, VerificationFailed, did_you_mean
+from cdcda_export.errors import ConfigError, FileError, ManifestError, MissingDependency, VerificationFailed, did_you_mean
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import Stage, sha256_file
 from cdcda_export.merge import merge_to_gguf, write_lora_gguf
@@ -123,7 +121,6 @@ class Order:
         config: format and quantization.
         directory: the stage's partial directory.
         shared: where what belongs to no single user is kept (the base of ``gguf-lora``).
-        importance: tensor -> mean squared input of each column, for the quantizer of ``gguf``; None for none.
     """
 
     base: GgufFile
@@ -132,7 +129,6 @@ class Order:
     config: ExportConfig
     directory: Path
     shared: Path
-    importance: Mapping[str, np.ndarray] | None = None
 
 
 def write_artifact(order: Order, progress: Progress) -> Artifact:
@@ -148,8 +144,7 @@ def _quantized(order: Order, adapter: Adapter | None, directory: Path, progress:
     base, quant = order.base, get_quant(order.config.resolved_quant)
     types = choose_types(base, quant, order.config.allow_fallback)
     progress.start(f"merging and quantizing to {quant.name}", len(base), "tensors")
-    importance = order.importance if adapter is not None else None
-    result = merge_to_gguf(base, adapter, types, quant, directory / "model.gguf", lambda _: progress.advance(), importance)
+    result = merge_to_gguf(base, adapter, types, quant, directory / "model.gguf", lambda _: progress.advance())
     progress.done(f"{result.bytes / 1e6:.1f} MB")
     files = {"model": result.path}
     return Artifact(order.config.format, quant.name, result.path, files, ["model.gguf"], result.types, result.double_quantized)
@@ -159,7 +154,10 @@ def _write_lora(order: Order, progress: Progress) -> Artifact:
     quant = order.config.resolved_quant
     settings = {"quant": quant, "allow_fallback": order.config.allow_fallback}
     stage = Stage(order.shared / f"base-{quant}-{order.base_sha256[:12]}", settings, {"base": order.base_sha256})
-    manifest = stage.finished()
+    try:
+        manifest = stage.finished()
+    except ManifestError:
+        manifest = None  # it is made of the base alone and belongs to no user: build it anew instead of asking
     if manifest is None:
         made = _quantized(order, None, stage.begin(), progress)
         metrics: dict[str, Any] = {"tensor_types": made.tensor_types, "double_quantized": made.double_quantized}

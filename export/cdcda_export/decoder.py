@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,6 @@ class Decoder:
     Attributes:
         weights: Hugging Face parameter name -> float32 tensor in Hugging Face's layout.
         linear: names of the linear layers that can be adapted, such as ``model.layers.0.mlp.up_proj``.
-        observe: called with the name and the input (tokens, columns) of every linear layer, while somebody measures.
     """
 
     def __init__(self, base: GgufFile, device: str = "cpu") -> None:
@@ -104,7 +103,6 @@ class Decoder:
             tensor = torch.from_numpy(weights if weights.flags.writeable else np.array(weights))
             self.weights[name] = tensor.to(self.device)
         self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
-        self.observe: Callable[[str, Tensor], None] | None = None
         self.linear = [n.removesuffix(".weight") for n in self.weights if n.endswith("_proj.weight")]
         self.vocabulary = int(self.weights["lm_head.weight"].shape[0])
         self._rope = {theta: self._frequencies(base, theta) for theta in {self.shape.rope_base, self.shape.rope_base_local}}
@@ -158,8 +156,6 @@ class Decoder:
         )
 
     def _linear(self, x: Tensor, name: str, adapter: Mapping[str, Lora]) -> Tensor:
-        if self.observe is not None:
-            self.observe(name, x)
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         lora = adapter.get(name)
         if lora is None:

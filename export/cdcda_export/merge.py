@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,6 @@ class MergedTensor:
     base: Tensor
     adapter: Adapter | None
     type: GgmlType
-    importance: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +51,7 @@ class MergedTensor:
         touched = self.adapter is not None and self.name in self.adapter.touched
         if not touched and self.type == self.base.type:
             return self.base.data
-        return quantize(self.merged(), self.type, self.importance)
+        return quantize(self.merged(), self.type)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def merge_to_gguf(
     quant: Quant,
     path: Path,
     on_tensor: Callable[[str], None] | None = None,
-    importance: Mapping[str, np.ndarray] | None = None,
 ) -> GgufResult:
     """Write base + adapter as one GGUF of the given types.
 
@@ -94,14 +92,11 @@ def merge_to_gguf(
         quant: the name written into the file.
         path: where to; the caller gives a name inside a partial directory.
         on_tensor: called after each tensor.
-        importance: tensor -> mean squared input of each of its columns, float32; rounding errors are weighted with it.
 
     Raises:
         DiskFull: there is no room; nothing is left behind.
     """
-    sources: list[TensorSource] = [
-        MergedTensor(tensor, adapter, types[name], (importance or {}).get(name)) for name, tensor in base.items()
-    ]
+    sources: list[TensorSource] = [MergedTensor(tensor, adapter, types[name]) for name, tensor in base.items()]
     write_or_explain(path, metadata_of(base, quant), sources, int(base.get_value("general.alignment", DEFAULT_ALIGNMENT)), on_tensor)
     histogram: dict[str, int] = {}
     for kind in types.values():

@@ -32,9 +32,6 @@ class ExportConfig:
         metadata={"help": "q4_0, q4_1, q8_0, q4_k_m, f16; for onnx int8, int4 (default: q4_0, for onnx int8)", "metavar": "TYPE"},
     )
     allow_fallback: bool = field(default=False, metadata={"help": "let a K-quant fall back where rows are no multiple of 256"})
-    importance: str = field(
-        default="user", metadata={"help": "weigh rounding errors by the user's own data: user or none", "metavar": "NAME"}
-    )
     max_kl: float = field(default=0.0, metadata={})
     min_top1: float = field(default=0.0, metadata={})
     max_arrival_error: float = field(default=0.0, metadata={})
@@ -44,9 +41,6 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(f"There is no export format '{self.format}'.{did_you_mean(self.format, FORMATS)}")
-
-        if self.importance not in ("user", "none"):
-            raise ConfigError(f"There is no importance '{self.importance}'.{did_you_mean(self.importance, ('user', 'none'))}")
 
     @property
     def resolved_quant(self) -> str:
