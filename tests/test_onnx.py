@@ -127,10 +127,21 @@ def test_a_skeleton_serves_other_weights(llama_base: Path, tmp_path: Path) -> No
     assert len(skeleton.graph) < 400_000
     other, _ = Skeleton(skeleton.graph).fill(weights | {"model.norm.weight": weights["model.norm.weight"] * 2}, "int8")
     same, _ = skeleton.fill(weights, "int8")
-    save_model(same, tmp_path / "big.onnx", limit=1000)
-    assert (tmp_path / "big.onnx.data").stat().st_size > 10 * (tmp_path / "big.onnx").stat().st_size / 100
-    different = [a.name for a, b in zip(same.graph.initializer, other.graph.initializer, strict=True) if a.raw_data != b.raw_data]
-    assert different == ["model.norm.weight"]
+    pairs = zip(same.graph.initializer, other.graph.initializer, strict=True)
+    assert [a.name for a, b in pairs if a.raw_data != b.raw_data] == ["model.norm.weight"]
+
+
+def test_a_large_model_keeps_its_tensors_beside_the_graph(tiny: Tiny, tmp_path: Path) -> None:
+    import shutil
+
+    import onnx
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny.directory / "int8", copy)
+    save_model(onnx.load(str(copy / "model.onnx")), copy / "model.onnx", limit=1000)
+    assert (copy / "model.onnx.data").stat().st_size > 30_000
+    with OnnxModel(copy) as split, OnnxModel(tiny.directory / "int8") as whole:
+        assert np.array_equal(split.logits(IDS), whole.logits(IDS))
 
 
 def test_an_untied_head_is_quantized_too(tmp_path: Path) -> None:
@@ -141,7 +152,12 @@ def test_an_untied_head_is_quantized_too(tmp_path: Path) -> None:
     base = GgufFile(make_gguf(tmp_path / "t.gguf"))
     vocabulary = base["token_embd.weight"].shape[0]
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=False
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).eval()
     result = export_onnx(model, base, "int4", tmp_path / "out", Silent())
@@ -216,6 +232,7 @@ def test_the_real_model_stays_inside_its_bounds(real_base: Path, tmp_path: Path)
         "because the detour through the valley costs the school bus twenty minutes every morning. One member asked for a new "
         "bridge instead, wide enough for bicycles, and the council will vote on both plans at its next meeting in October."
     )
+    # Measured: 0.011 and 0.158.
     bounds = {"int8": (0.03, 150e6), "int4": (0.2, 120e6)}
     for quant, (bound, size) in bounds.items():
         with OnnxModel(tmp_path / quant) as loaded:
