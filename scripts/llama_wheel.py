@@ -179,9 +179,7 @@ class WheelJob:
                 if find_wheel(self.folder) is None:
                     self._start()
             else:
-                self.note = (
-                    f"llama.cpp: another set-up on this machine compiles it, waiting, {clock(time.monotonic() - self._began)}"
-                )
+                self.note = f"llama.cpp: another set-up on this machine compiles it, waiting, {clock(time.monotonic() - self._began)}"
             return False
         self._read_progress()
         if self._process.poll() is not None:

@@ -84,9 +84,7 @@ def is_current(venv: Venv, extras: Sequence[str], env: Mapping[str, str]) -> boo
         return False
     stamp = venv.read_stamp()
     had = stamp.get("extras")
-    return (
-        stamp.get("fingerprint") == fingerprint(venv, env) and isinstance(had, list) and ("all" in had or set(extras) <= set(had))
-    )
+    return stamp.get("fingerprint") == fingerprint(venv, env) and isinstance(had, list) and ("all" in had or set(extras) <= set(had))
 
 
 class Screen:
@@ -224,9 +222,7 @@ def install(venv: Venv, extras: Sequence[str], screen: Screen) -> None:
     command = uv_command(venv, extras, None)
     venv.incomplete.touch()
     with open(venv.packages_log, "w") as out:
-        packages = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=venv.root
-        )
+        packages = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=venv.root)
     try:
         wait_for_both(job, packages, venv, screen)
     finally:

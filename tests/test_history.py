@@ -30,9 +30,7 @@ from history_rows import config, rows_of, write_jsonl
 
 
 def record(number: int, date: str = "", output: str = "") -> Record:
-    return Record(
-        f"r{number:03d}", date or f"2020-01-{number + 1:02d}", "headline", f"input {number}", output or f"output {number}"
-    )
+    return Record(f"r{number:03d}", date or f"2020-01-{number + 1:02d}", "headline", f"input {number}", output or f"output {number}")
 
 
 def history(records: list[Record]) -> History:

@@ -78,7 +78,10 @@ class _NaiveBayes:
         grams = _grams(text)
 
         def likelihood(user: str) -> float:
-            return sum(n * math.log((self.counts[user][g] + _SMOOTHING) / (self.sizes[user] + _SMOOTHING * self.vocabulary)) for g, n in grams.items())
+            return sum(
+                n * math.log((self.counts[user][g] + _SMOOTHING) / (self.sizes[user] + _SMOOTHING * self.vocabulary))
+                for g, n in grams.items()
+            )
 
         return max(self.counts, key=likelihood)
 

@@ -37,9 +37,7 @@ def test_key_changes_with_everything_that_changes_the_machine_code(field: str) -
 
 def test_cpu_identity_ignores_clock_and_core_number_but_not_instructions() -> None:
     one = llama_wheel.cpu_identity(CPUINFO.format(n=0, mhz=2000, flags="avx avx2"))
-    two = llama_wheel.cpu_identity(
-        CPUINFO.format(n=0, mhz=2100, flags="avx2 avx") + "\n" + CPUINFO.format(n=1, mhz=3000, flags="avx avx2")
-    )
+    two = llama_wheel.cpu_identity(CPUINFO.format(n=0, mhz=2100, flags="avx2 avx") + "\n" + CPUINFO.format(n=1, mhz=3000, flags="avx avx2"))
     assert one == two
     assert one != llama_wheel.cpu_identity(CPUINFO.format(n=0, mhz=2000, flags="avx avx2 amx_int8"))
 
@@ -357,9 +355,7 @@ def test_good(): pass
 """
 
 
-@pytest.mark.parametrize(
-    ("ci", "outcome"), [("true", "1 passed, 1 skipped, 1 xfailed, 1 error"), ("", "1 passed, 2 skipped, 1 xfailed")]
-)
+@pytest.mark.parametrize(("ci", "outcome"), [("true", "1 passed, 1 skipped, 1 xfailed, 1 error"), ("", "1 passed, 2 skipped, 1 xfailed")])
 def test_a_skip_fails_in_ci_only(tmp_path: Path, ci: str, outcome: str) -> None:
     (tmp_path / "test_x.py").write_text(SKIPPING)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

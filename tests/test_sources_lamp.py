@@ -55,9 +55,7 @@ def question(name: str, number: int, profile: list[dict[str, Any]], user: str = 
     return {**made, "user_id": user} if user else made
 
 
-def write(
-    folder: Path, part: str, name: str, questions: list[Any], golds: dict[str, str] | None = None, prefix: str = ""
-) -> None:
+def write(folder: Path, part: str, name: str, questions: list[Any], golds: dict[str, str] | None = None, prefix: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{prefix}{part}_questions.json").write_text(json.dumps(questions))
     if golds is not None:
@@ -108,9 +106,7 @@ def test_time_split_joins_a_users_questions(name: str, tmp_path: Path) -> None:
     late = [*early, item(name, 5, "2016-01-01"), item(name, 6, "2016-02-01")]
     folder = tmp_path / "time" / name
     gold = GOLD.get(name, "gold")
-    write(
-        folder / "train", "train", name, [question(name, 1, early, "u7"), question(name, 2, late, "u8")], {"1": gold, "2": gold}
-    )
+    write(folder / "train", "train", name, [question(name, 1, early, "u7"), question(name, 2, late, "u8")], {"1": gold, "2": gold})
     write(folder / "dev", "dev", name, [question(name, 11, late, "u7")], {"11": gold})
     write(folder / "test", "test", name, [question(name, 21, late, "u7")])  # its answers are withheld
     assert list_users(config(tmp_path)) == ["u7", "u8"]
@@ -250,9 +246,7 @@ def test_a_tweet_of_one_word_is_malformed(tmp_path: Path) -> None:
     read = read_history("1", config(tmp_path))
     assert len(read.records) == 1
     assert [bad.reason for bad in read.malformed] == ["a tweet of one word cannot be completed", "no text"]
-    assert read.malformed[0] == Malformed(
-        "train_questions.json question 1 profile item 1", "a tweet of one word cannot be completed"
-    )
+    assert read.malformed[0] == Malformed("train_questions.json question 1 profile item 1", "a tweet of one word cannot be completed")
 
 
 # The incremental reader

@@ -97,9 +97,7 @@ class Columns:
 
     def _check(self, needs_user: bool) -> None:
         if not self.task and not self._config.task:
-            raise ConfigError(
-                f"{self._where} has no task column: name the task of its records with --task, one of {', '.join(TASKS)}."
-            )
+            raise ConfigError(f"{self._where} has no task column: name the task of its records with --task, one of {', '.join(TASKS)}.")
         pairs = self._pairs.values()
         missing = [
             name

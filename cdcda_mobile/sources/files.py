@@ -114,9 +114,7 @@ def parse_csv(stream: BinaryIO, name: str) -> Iterator[Parsed]:
 PARSERS: dict[str, Callable[[BinaryIO, str], Iterator[Parsed]]] = {"jsonl": parse_jsonl, "csv": parse_csv}
 
 
-def _with_columns(
-    parsed: Iterator[Parsed], config: HistoryConfig, where: str, needs_user: bool
-) -> tuple[Columns | None, Iterable[Parsed]]:
+def _with_columns(parsed: Iterator[Parsed], config: HistoryConfig, where: str, needs_user: bool) -> tuple[Columns | None, Iterable[Parsed]]:
     """Read the first rows to learn the columns; None where no row could be parsed."""
     head: list[Parsed] = []
     names: dict[str, None] = {}

@@ -198,9 +198,7 @@ def _engine(data: str) -> Engine:
         raise ConfigError(f"SQLAlchemy knows no database '{url.drivername}': try postgresql, mysql+pymysql or sqlite.") from None
     except (ArgumentError, ValueError):
         # The message of SQLAlchemy repeats the URL, which may hold a password.
-        raise ConfigError(
-            "--data looks like a database URL but is none; expected driver://name:password@host/database."
-        ) from None
+        raise ConfigError("--data looks like a database URL but is none; expected driver://name:password@host/database.") from None
     except ImportError as error:
         raise MissingDependency(error.name or url.drivername, "data") from None
 

@@ -171,7 +171,17 @@ def _verified_lines(card: Mapping[str, Any]) -> list[str]:
         lines[-1] += f", {number(found['positions'], 0)} positions"
     if found.get("reference"):
         lines[-1] += f", against {clean(found['reference'])}"
+    share = least_arrived(found)
+    if share is not None:
+        gate = finite(found.get("arrival_gate")) or 0.0
+        lines.append(f"{percent(share)} of the adapter's change arrived in the file (gate {percent(1 - gate)} to {percent(1 + gate)})")
     return lines
+
+
+def least_arrived(verification: Mapping[str, Any]) -> float | None:
+    """Return the arrived share of the kind of layer that is farthest from 1, None where it was not measured."""
+    shares = [share for value in part(verification, "arrived").values() if (share := finite(value)) is not None]
+    return max(shares, key=lambda share: abs(share - 1), default=None)
 
 
 def _gain_lines(card: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from cdcda_export.card_facts import (
     embedded_teacher,
     gain,
     headline,
+    least_arrived,
     next_steps,
     survived,
     tasks,
@@ -202,7 +203,7 @@ def _verification(card: Mapping[str, Any]) -> str:
     equal, texts = ids.get("equal"), ids.get("texts")
     share = (finite(equal) or 0.0) / (finite(texts) or 1.0)
     kl, top1 = found.get("kl_mean"), found.get("top1")
-    graphs = (
+    graphs: list[tuple[str, str, str]] = [
         ("KL divergence", significant(kl), gate_svg(kl, found.get("kl_gate"), "KL divergence", significant, True)),
         ("Top-1 agreement", percent(top1), gate_svg(top1, found.get("top1_gate"), "Top-1 agreement", percent, False)),
         (
@@ -210,7 +211,11 @@ def _verification(card: Mapping[str, Any]) -> str:
             f"{number(equal, 0)} of {number(texts, 0)} texts",
             gate_svg(share, 1.0, "Equal token ids", percent, False),
         ),
-    )
+    ]
+    arrived = least_arrived(found)
+    if arrived is not None:
+        floor = 1 - (finite(found.get("arrival_gate")) or 0.0)
+        graphs.append(("Change that arrived", percent(arrived), gate_svg(arrived, floor, "Change that arrived", percent, False)))
     panels = "".join(f'<div class="panel"><h3>{n}</h3><p class="value">{v}</p>{svg}</div>\n' for n, v, svg in graphs)
     reference = escaped(found.get("reference")) or "merged model"
     positions = number(found.get("positions"), 0)
