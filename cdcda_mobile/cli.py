@@ -292,8 +292,8 @@ def _guarded(prog: str, work: Callable[[], int | None]) -> int:
     def terminate(_signal: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    # OpenMP threads that spin while they wait make torch and llama.cpp ten times slower as soon as another process wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin long while they wait slow everything down as soon as another process wants a core; short spins cost 2 %.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         return work() or 0
