@@ -91,6 +91,8 @@ _ROWS = (
     Task("paper_title", "LaMP_5", "Write a title for this abstract:\n\n{input}", "abstract", "title", "text"),
     Task("subject", "LaMP_6", "Write a subject line for this email:\n\n{input}", "email", "subject line", "text"),
     Task("tweet", "LaMP_7", "Paraphrase this tweet:\n\n{input}", "tweet", "paraphrase", "text"),
+    # What LaMP-7's histories without pairs become (see sources/lamp.py).
+    Task("tweet_completion", "LaMP_7", "Complete this tweet:\n\n{input}", "beginning of a tweet", "tweet", "text"),
     Task("commit", "", "Write a commit subject for a change of these files:\n\n{input}", "changed files", "commit subject", "text"),
     Task("reply", "", "{input}", "message", "reply", "text"),
 )

@@ -30,6 +30,7 @@ _BY_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "paper_title": (("abstract",), ("title",)),
     "subject": (("body", "email"), ("subject", "title")),
     "tweet": (("paraphrase",), ("tweet",)),
+    "tweet_completion": (("beginning", "prefix"), ("tweet",)),
     "commit": (("files", "diff", "changes"), ("subject", "message", "title")),
     "reply": (("message", "question"), ("reply", "answer", "response")),
 }

@@ -58,7 +58,7 @@ _ROWS = (
     _dataset("LaMP_4", "headline", r"Generate a headline for the following article: (?P<x>.*)", ("text", "title")),
     _dataset("LaMP_5", "paper_title", r"Generate a title for the following abstract[^:]*: (?P<x>.*)", ("abstract", "title")),
     _dataset("LaMP_6", "subject", r"Generate a subject for the following email: (?P<x>.*)", ("text", "title")),
-    _dataset("LaMP_7", "tweet", r"Paraphrase the following (?:text into )?tweet[^:]*: (?P<x>.*)", ("text", "text")),
+    _dataset("LaMP_7", "tweet", r"Paraphrase the following (?:text into )?tweet[^:]*: (?P<x>.*)", ("text", "text"), "tweet_completion"),
 )
 DATASETS: dict[str, Dataset] = {row.name: row for row in _ROWS}
 
@@ -126,7 +126,7 @@ class LampSource:
     Profile items become records as the table of datasets says. Two profiles hold no pairs of their task:
 
     * LaMP-1 (title, abstract) gives ``paper_title`` records, abstract to title.
-    * LaMP-7 (tweets) gives completions: the input is ``Complete the following tweet:`` and the first 10 to 25 % of the words, the
+    * LaMP-7 (tweets) gives completions: the input is the first 10 to 25 % of the words, the
       output is the whole tweet. The share comes from a hash of the tweet, so the same file always gives the same records.
 
     A question with a gold output follows its own profile in time. Without dates (user split) the order of the file is kept by
@@ -295,4 +295,4 @@ def complete_tweet(tweet: str) -> tuple[str, str]:
     draw = int.from_bytes(hashlib.sha256(tweet.encode()).digest()[:8], "big") / 2**64
     share = _SHORTEST_PREFIX + draw * (_LONGEST_PREFIX - _SHORTEST_PREFIX)
     count = max(1, round(share * len(words)))
-    return "Complete the following tweet: " + " ".join(words[:count]), tweet
+    return " ".join(words[:count]), tweet
