@@ -72,6 +72,10 @@ def test_nothing_imports_the_laboratory() -> None:
     assert [str(path) for path in files if "benchmarks" in set(imports_of(path))] == []
 
 
+# These are made of torch; they are imported inside the verbs that train or verify.
+MADE_OF_TORCH = {"cdcda_export.decoder", "cdcda_mobile.lora", "cdcda_mobile.train"}
+
+
 def test_importing_any_module_loads_nothing_heavy() -> None:
     modules = [
         ".".join((name, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
@@ -81,7 +85,7 @@ def test_importing_any_module_loads_nothing_heavy() -> None:
     ]
     code = (
         "import importlib, sys\n"
-        f"for name in {modules!r}:\n"
+        f"for name in {[name for name in modules if name not in MADE_OF_TORCH]!r}:\n"
         "    importlib.import_module(name)\n"
         f"    heavy = sorted({HEAVY!r} & set(sys.modules))\n"
         "    if heavy: sys.exit(f'{name} imports {heavy}')\n"
