@@ -78,6 +78,39 @@ def test_senseless_training_is_refused(values: dict[str, object]) -> None:
         TrainConfig(**values)
 
 
-def test_unknown_format_is_suggested() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'gguf'"):
-        ExportConfig(format="ggfu")
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"format": "ggfu"}, "Did you mean 'gguf'"),
+        ({"importance": "users"}, "no importance 'users'.*Did you mean 'user'"),
+        ({"importance": "user", "format": "gguf-lora"}, "needs --format gguf"),
+        ({"importance": "user", "format": "onnx"}, "needs --format gguf"),
+        ({"verify": "fast"}, "verification level 'fast'.*full, off, quick"),
+        ({"verify": "quik"}, "Did you mean 'quick'"),
+        ({"tensor_types": {"attn_v": "q8"}}, "Did you mean 'q8_0'"),
+        ({"tensor_types": {"attn_(": "q8_0"}}, "no regular expression"),
+        ({"tensor_types": {"attn_v": "q8_0"}, "format": "onnx"}, "needs --format gguf"),
+    ],
+)
+def test_senseless_exports_are_refused_with_the_fix(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        ExportConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "text", ["tensor_types = {ffn_down = 'q5_0', attn_v = 'Q8_0'}", "[export.tensor_types]\nffn_down='q5_0'\nattn_v='Q8_0'"]
+)
+def test_recipes_name_the_types_of_tensors_in_order(tmp_path: Path, text: str) -> None:
+    recipe = read_recipe(_recipe(tmp_path, text if text.startswith("[") else f"[export]\n{text}"), SECTIONS)
+    config = build_config(ExportConfig, recipe["export"])
+    assert list(config.tensor_types.items()) == [("ffn_down", "q5_0"), ("attn_v", "Q8_0")]
+
+
+def test_tensor_types_of_a_recipe_must_be_a_table(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"export\.tensor_types.*of type dict"):
+        read_recipe(_recipe(tmp_path, "[export]\ntensor_types = ['attn_v']"), SECTIONS)
+
+
+def test_weighed_rounding_has_a_directory_of_its_own() -> None:
+    assert ExportConfig(quant="q5_0").directory == "gguf-q5_0"
+    assert ExportConfig(quant="q5_0", importance="user").directory == "gguf-q5_0-importance"

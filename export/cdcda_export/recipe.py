@@ -18,6 +18,8 @@ from cdcda_export.errors import ConfigError, did_you_mean
 
 FORMATS: dict[str, str] = {"gguf": "q4_0", "gguf-lora": "q4_0", "onnx": "int8"}
 """Export format -> its default quantization."""
+IMPORTANCES = ("none", "user")
+VERIFICATIONS = ("full", "quick", "off")
 
 _Config = TypeVar("_Config")
 
@@ -29,9 +31,19 @@ class ExportConfig:
     format: str = field(default="gguf", metadata={"help": "gguf, gguf-lora or onnx", "choices": tuple(FORMATS)})
     quant: str = field(
         default="",
-        metadata={"help": "q4_0, q4_1, q8_0, q4_k_m, f16; for onnx int8, int4 (default: q4_0, for onnx int8)", "metavar": "TYPE"},
+        metadata={
+            "help": "f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl, q2_k ... q6_k, base (keeps the base's types); "
+            "for onnx int8, int4 (default: q4_0, for onnx int8)",
+            "metavar": "TYPE",
+        },
     )
     allow_fallback: bool = field(default=False, metadata={"help": "let a K-quant fall back where rows are no multiple of 256"})
+    importance: str = field(
+        default="none", metadata={"help": "none or user: weigh rounding by the squared activations on the user's training records"}
+    )
+    verify: str = field(default="full", metadata={"help": "full, quick or off: how much is checked before the artifact is called finished"})
+    tensor_types: dict[str, str] = field(default_factory=dict, metadata={})
+    """Regular expression -> type, as llama-quantize's ``--tensor-type``: the first one found in a tensor's name decides its type."""
     max_kl: float = field(default=0.0, metadata={})
     min_top1: float = field(default=0.0, metadata={})
     max_arrival_error: float = field(default=0.0, metadata={})
@@ -39,8 +51,22 @@ class ExportConfig:
     answer_tokens: int = field(default=48, metadata={})
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ConfigError(f"There is no export format '{self.format}'.{did_you_mean(self.format, FORMATS)}")
+        for what, value, known in (
+            ("export format", self.format, tuple(FORMATS)),
+            ("importance", self.importance, IMPORTANCES),
+            ("verification level", self.verify, VERIFICATIONS),
+        ):
+            if value not in known:
+                raise ConfigError(f"There is no {what} '{value}'.{did_you_mean(value, known)}")
+        if self.importance != "none" and self.format != "gguf":
+            raise ConfigError(f"--importance {self.importance} weighs the rounding of merged weights, so it needs --format gguf.")
+        if self.tensor_types:
+            if self.format == "onnx":
+                raise ConfigError("tensor_types names GGUF types, so it needs --format gguf or gguf-lora.")
+            # Only here: it brings numpy, and --help must not wait for that.
+            from cdcda_export.quantization import compile_overrides
+
+            compile_overrides(self.tensor_types)
 
     @property
     def resolved_quant(self) -> str:
@@ -50,7 +76,7 @@ class ExportConfig:
     @property
     def directory(self) -> str:
         """Name of the artifact's directory in ``runs/<user>/``."""
-        return f"{self.format}-{self.resolved_quant}"
+        return f"{self.format}-{self.resolved_quant}" + ("-importance" if self.importance == "user" else "")
 
 
 def shipped_recipes() -> list[str]:
