@@ -61,6 +61,17 @@ def test_an_adapter_beside_the_layers_equals_one_merged_in_transformers(tiny_bas
     assert (ours - Decoder(base).logits([ids])).abs().max() > 0.5  # the adapter does something
 
 
+@torch.no_grad()
+def test_an_observer_sees_the_input_of_every_linear_layer_and_changes_nothing(tiny_base: Path) -> None:
+    decoder, ids = Decoder(GgufFile(tiny_base)), [5, 9, 30, 7]
+    plain, seen = decoder.logits([ids]), {}
+    decoder.observe = seen.__setitem__
+    torch.testing.assert_close(decoder.logits([ids]), plain, rtol=0, atol=0)
+    assert set(seen) == {*decoder.linear, "lm_head"}
+    for name, x in seen.items():
+        assert x.shape == (len(ids), decoder.weights[f"{name}.weight"].shape[1]), name
+
+
 def test_global_layers_of_gemma_see_everything(tmp_path: Path) -> None:
     path = make_gguf(tmp_path / "g.gguf", "gemma3", layers=6)
     base, ids = GgufFile(path), list(range(3, 60))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,7 @@ class Decoder:
     Attributes:
         weights: Hugging Face parameter name -> float32 tensor in Hugging Face's layout.
         linear: names of the linear layers that can be adapted, such as ``model.layers.0.mlp.up_proj``.
+        observe: told the name and the input, shape (tokens, in), of every linear layer that runs; ``lm_head`` gets the final hidden states.
     """
 
     def __init__(self, base: GgufFile, device: str = "cpu") -> None:
@@ -105,6 +106,7 @@ class Decoder:
         self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
         self.linear = [n.removesuffix(".weight") for n in self.weights if n.endswith("_proj.weight")]
         self.vocabulary = int(self.weights["lm_head.weight"].shape[0])
+        self.observe: Callable[[str, Tensor], None] | None = None
         self._rope = {theta: self._frequencies(base, theta) for theta in {self.shape.rope_base, self.shape.rope_base_local}}
 
     def _parameter_names(self, base: GgufFile) -> Iterator[str]:
@@ -139,7 +141,10 @@ class Decoder:
         x = F.embedding(ids, self.weights["model.embed_tokens.weight"]) * self.shape.embedding_scale
         for layer in range(self.shape.layers):
             x = self._layer(layer, x, angles, lengths, adapter or {})
-        return self._norm(x, "model.norm")
+        x = self._norm(x, "model.norm")
+        if self.observe is not None:
+            self.observe("lm_head", x)
+        return x
 
     def logits(self, rows: Sequence[Sequence[int]], adapter: Mapping[str, Lora] | None = None, at: Tensor | None = None) -> Tensor:
         """Return next-token logits: shape (positions, vocabulary), at the flat positions ``at`` (all when None)."""
@@ -156,6 +161,8 @@ class Decoder:
         )
 
     def _linear(self, x: Tensor, name: str, adapter: Mapping[str, Lora]) -> Tensor:
+        if self.observe is not None:
+            self.observe(name, x)
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         lora = adapter.get(name)
         if lora is None:
