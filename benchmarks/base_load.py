@@ -14,14 +14,14 @@ import time
 from laboratory import print_table, write_results
 
 OURS = """
-from cdcda_export.artifact import open_base
+from cdcda_export.base import open_base
 from cdcda_export.decoder import Decoder
 from cdcda_mobile.dataset import encoding_of
 base = open_base(None)
 Decoder(base), encoding_of(base)
 """
 THEIRS = """
-from cdcda_export.artifact import default_base
+from cdcda_export.base import default_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path = default_base()
 AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laboratory import print_table, write_results
 
-from cdcda_export.artifact import open_base
+from cdcda_export.base import open_base
 from cdcda_export.progress import Plain
 from cdcda_export.recipe import build_config, read_recipe
 from cdcda_export.runtime import LlamaCpp

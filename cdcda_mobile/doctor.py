@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from cdcda_export.artifact import default_base
+from cdcda_export.base import default_base
 from cdcda_export.errors import CdcdaError
 from cdcda_export.runtime import cpu_threads
 

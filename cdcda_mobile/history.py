@@ -16,8 +16,9 @@ from cdcda_mobile.sources.lamp import LampSource, find_questions
 from cdcda_mobile.sources.parquet import ParquetSource
 from cdcda_mobile.sources.records import Malformed, Record, Source, clean, is_plain_text
 from cdcda_mobile.sources.sql import SqlSource
+from cdcda_mobile.workspace import read_lines
 
-__all__ = ["SOURCES", "History", "Malformed", "Record", "Split", "list_users", "open_source", "read_history", "split_by_time"]
+__all__ = ["SOURCES", "History", "Malformed", "Record", "Split", "list_users", "open_source", "read_history", "records_in", "split_by_time"]
 
 _IDS_FOR_SUGGESTIONS = 5000
 _WORD = re.compile(r"\w+")
@@ -286,3 +287,8 @@ def check_split(split: Split) -> None:
                 raise DataError(f"The {early} part reaches into the time of the {late} part.")
             if set(map(_text_of, parts[early])) & set(map(_text_of, parts[late])):
                 raise DataError(f"A text of the {late} part stands in the {early} part.")
+
+
+def records_in(path: Path) -> list[Record]:
+    """Return the records of a part of a finished history, such as ``history/test.jsonl``."""
+    return [Record(**row) for row in read_lines(path)]

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from cdcda_export.errors import WorkspaceError
-from cdcda_export.manifest import write_json
+from cdcda_export.manifest import write_atomic, write_json
 
 BINDING = "workspace.json"
 _SAFE = "-._~@+ "
@@ -125,3 +126,13 @@ class Workspace:
             removed = sorted(path for path in directory.rglob("*") if path.is_file())
             shutil.rmtree(directory)
         return removed
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines, atomically and private."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file that a finished stage wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

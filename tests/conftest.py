@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cdcda_export.artifact import default_base
+from cdcda_export.base import default_base
 from tiny import make_adapter, make_gguf
 
 ARCHS = ("llama", "qwen2", "qwen3", "gemma3")
@@ -34,3 +36,15 @@ def llama_adapter(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def real_base() -> Path:
     """The default base model, SmolLM2-135M-Instruct."""
     return default_base()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests derive from tiny bases out of the user's cache folder."""
+    before = os.environ.get("CDCDA_CACHE")
+    os.environ["CDCDA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["CDCDA_CACHE"]
+    else:
+        os.environ["CDCDA_CACHE"] = before

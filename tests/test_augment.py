@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cdcda_export.artifact import default_base
+from cdcda_export.base import default_base
 from cdcda_export.errors import DataError, TeacherError
 from cdcda_export.progress import Silent
 from cdcda_mobile.augment import AugmentResult, augment

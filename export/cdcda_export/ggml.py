@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -55,7 +57,7 @@ TYPES: dict[str, GgmlType] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_WEIGHTS = 1 << 15  # 128 KiB of float32: decoded, changed and quantized without leaving a core's cache
 
 
 def type_by_id(type_id: int, where: str) -> GgmlType:
@@ -67,6 +69,17 @@ def type_by_id(type_id: int, where: str) -> GgmlType:
     if type_id not in _BY_ID:
         raise FileError(f"{where} is stored in ggml type {type_id}, which cannot be read; use a base in one of {', '.join(TYPES)}.")
     return _BY_ID[type_id]
+
+
+@cache
+def ggml_version() -> str:
+    """Return the version of the package that carries the quantizer: what it writes may change with it."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError as error:
+        raise MissingDependency("llama-cpp-python", "export") from error
 
 
 def row_bytes(kind: GgmlType, columns: int) -> int:
@@ -117,63 +130,103 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK_WEIGHTS // max(1, columns))
-    return [(at, min(step, rows - at)) for at in range(0, rows, step)]
-
-
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="ggml")
 
 
+class _Scratch(threading.local):
+    """Two float32 buffers for each thread: they stay in its cache from one chunk to the next."""
+
+    def __init__(self) -> None:
+        self.weights = np.empty(0, np.float32)
+        self.change = np.empty(0, np.float32)
+
+    def take(self, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.weights.size < rows * columns:
+            self.weights, self.change = np.empty(rows * columns, np.float32), np.empty(rows * columns, np.float32)
+        return self.weights[: rows * columns].reshape(rows, columns), self.change[: rows * columns].reshape(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A tensor on its way from one type to another, with a low-rank change added in float32 between.
+
+    ``change`` is (B, A, scale): B float32 (rows, rank), A float32 (rank, columns). The order of operations is peft's, so that the
+    result is bit for bit that of merging there: W + (B A) * scale.
+    """
+
+    data: np.ndarray
+    source: GgmlType
+    shape: tuple[int, ...]
+    target: GgmlType
+    change: tuple[np.ndarray, np.ndarray, float] | None = None
+    importance: np.ndarray | None = None
+
+    def start(self) -> Callable[[], np.ndarray]:
+        """Begin on every core; the function returned waits for the stored bytes, uint8."""
+        columns = self.shape[-1]
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        out = np.empty(rows * row_bytes(self.target, columns), np.uint8)
+        library = _library()
+        library.ggml_quantize_init(self.target.id)
+        share = -(-rows // _threads())
+        parts = [_pool().submit(self._rows, library, out, at, min(rows, at + share)) for at in range(0, rows, share)]
+
+        def wait() -> np.ndarray:
+            for part in parts:
+                part.result()
+            return out
+
+        return wait
+
+    def _rows(self, library: ctypes.CDLL, out: np.ndarray, first: int, last: int) -> None:
+        columns = self.shape[-1]
+        stride_in, stride_out = row_bytes(self.source, columns), row_bytes(self.target, columns)
+        data, made = np.ascontiguousarray(self.data), out.ctypes.data
+        floats = data.view(np.float32).reshape(-1, columns) if self.source.name == "F32" else None
+        decode = None if floats is not None else library.ggml_get_type_traits(self.source.id).contents.to_float
+        weight_of = None if self.importance is None else np.ascontiguousarray(self.importance, np.float32)
+        pointer = None if weight_of is None else weight_of.ctypes.data
+        step = max(1, _CHUNK_WEIGHTS // columns)
+        buffer, change = _scratch.take(min(step, last - first), columns)
+        for at in range(first, last, step):
+            count = min(step, last - at)
+            block = buffer[:count]
+            if floats is None:
+                decode(data.ctypes.data + at * stride_in, block.ctypes.data, count * columns)
+            elif self.change is not None:
+                np.copyto(block, floats[at : at + count])
+            else:
+                block = floats[at : at + count]
+            if self.change is not None:
+                up, down, scale = self.change
+                part = np.matmul(up[at : at + count], down, out=change[:count])
+                part *= np.float32(scale)
+                block += part
+            library.ggml_quantize_chunk(self.target.id, block.ctypes.data, made + at * stride_out, 0, count, columns, pointer)
+
+
 def quantize(weights: np.ndarray, kind: GgmlType, importance: np.ndarray | None = None) -> np.ndarray:
-    """Quantize a matrix row by row.
+    """Quantize a matrix row by row, on every core.
 
     Args:
-        weights: float32, shape (rows, columns); columns a multiple of ``kind.block_size``.
+        weights: float32, shape (..., columns); columns a multiple of ``kind.block_size``.
         kind: the target type.
         importance: float32, shape (columns,): weight of each input channel in the rounding error; None for none.
 
     Returns:
-        The stored bytes, uint8, shape (rows * row_bytes,).
+        The stored bytes, uint8.
     """
-    flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, weights.shape[-1])
-    rows, columns = flat.shape
-    if kind.name == "F32":
-        return flat.reshape(-1).view(np.uint8)
-    if kind.name == "F16":
-        return flat.astype(np.float16).reshape(-1).view(np.uint8)
-    out = np.empty(rows * row_bytes(kind, columns), np.uint8)
-    library = _library()
-    library.ggml_quantize_init(kind.id)
-    weight_of = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    pointer = None if weight_of is None else weight_of.ctypes.data
-
-    def run(chunk: tuple[int, int]) -> None:
-        start, count = chunk
-        library.ggml_quantize_chunk(kind.id, flat.ctypes.data, out.ctypes.data, start * columns, count, columns, pointer)
-
-    list(_pool().map(run, _row_chunks(rows, columns)))
-    return out
+    floats = np.ascontiguousarray(weights, dtype=np.float32)
+    return Rewrite(floats.reshape(-1).view(np.uint8), TYPES["F32"], floats.shape, kind, importance=importance).start()()
 
 
 def dequantize(data: np.ndarray, kind: GgmlType, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a stored tensor as float32 in its shape (rows first)."""
+    """Return a stored tensor as float32 in its shape (rows first), decoded on every core; float32 itself as a view."""
     if kind.name == "F32":
         return data.view(np.float32).reshape(shape)
-    if kind.name == "F16":
-        return data.view(np.float16).astype(np.float32).reshape(shape)
-    columns = shape[-1]
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    out = np.empty((rows, columns), np.float32)
-    source = np.ascontiguousarray(data)
-    to_float = _library().ggml_get_type_traits(kind.id).contents.to_float
-    stride = row_bytes(kind, columns)
-
-    def run(chunk: tuple[int, int]) -> None:
-        start, count = chunk
-        to_float(source.ctypes.data + start * stride, out.ctypes.data + start * columns * 4, count * columns)
-
-    list(_pool().map(run, _row_chunks(rows, columns)))
-    return out.reshape(shape)
+    return Rewrite(data, kind, shape, TYPES["F32"]).start()().view(np.float32).reshape(shape)

@@ -6,12 +6,14 @@ is on the hot path of every export: the vocabulary (tens of thousands of strings
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ DEFAULT_ALIGNMENT = 32
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY, _UINT32, _BOOL, _FLOAT32 = 8, 9, 4, 7, 6
 _MAX_ELEMENTS = 1 << 40
+_WRITE_BYTES = 1 << 30  # Linux writes at most 2 GB at once
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Tensor:
     type: GgmlType
     data: np.ndarray
     """The stored bytes, uint8, shape (n_bytes,)."""
+    start: int = 0
+    """Where they begin in the file."""
 
     @property
     def rows(self) -> int:
@@ -169,7 +174,7 @@ class GgufFile(Mapping[str, Tensor]):
                 raise FileError(
                     f"{self.path} is truncated: tensor {name!r} ends at byte {start + size}, the file has {len(self._map)}; fetch it again."
                 )
-            tensors[name] = Tensor(name, shape, kind, np.frombuffer(self._map, np.uint8, size, start))
+            tensors[name] = Tensor(name, shape, kind, np.frombuffer(self._map, np.uint8, size, start), start)
         return tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -183,6 +188,14 @@ class GgufFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._tensors)
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor took; the file is mapped still, and reading it again brings it back."""
+        tensor = self._tensors[name]
+        first = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.start + tensor.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def keys_of_metadata(self) -> list[str]:
         """Return all metadata keys in file order."""
@@ -281,7 +294,7 @@ class InMemory:
 
 def write_gguf(
     path: Path, pairs: Iterable[bytes], tensors: Iterable[TensorSource], alignment: int = DEFAULT_ALIGNMENT, on_tensor: Any = None
-) -> None:
+) -> str:
     """Stream a GGUF file to disk and fsync it; the caller owns the name (write beside, then rename).
 
     Args:
@@ -290,6 +303,9 @@ def write_gguf(
         tensors: what to write, in order; ``read()`` is called once for each.
         alignment: bytes that every tensor starts at a multiple of; must agree with ``general.alignment``.
         on_tensor: called with each tensor's name after it was written.
+
+    Returns:
+        The file's SHA-256 as hex, taken while it was written.
     """
     entries, sources = list(pairs), list(tensors)
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(sources), len(entries)) + b"".join(entries))
@@ -301,14 +317,23 @@ def write_gguf(
         size = row_bytes(source.type, source.shape[-1]) * int(np.prod(source.shape[:-1], dtype=np.int64))
         offset += -(-size // alignment) * alignment
     header += b"\0" * (-len(header) % alignment)
+    digest = hashlib.sha256()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(header)
+    with os.fdopen(descriptor, "wb", buffering=0) as stream:
+        _write(stream, header, digest)
         for source in sources:
-            data = source.read()
-            stream.write(np.ascontiguousarray(data).data.cast("B"))
-            stream.write(b"\0" * (-data.nbytes % alignment))
+            data = np.ascontiguousarray(source.read())
+            _write(stream, data.data.cast("B"), digest)
+            if data.nbytes % alignment:
+                _write(stream, b"\0" * (-data.nbytes % alignment), digest)
             if on_tensor is not None:
                 on_tensor(source.name)
-        stream.flush()
         os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _write(stream: FileIO, data: bytes | bytearray | memoryview, digest: Any) -> None:
+    view, at = memoryview(data), 0
+    digest.update(view)
+    while at < len(view):
+        at += stream.write(view[at : at + _WRITE_BYTES])

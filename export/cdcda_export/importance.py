@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdcda_export.errors import DataError
+from cdcda_export.errors import DataError, MissingDependency
 from cdcda_export.progress import Progress
 from cdcda_export.verify import Probe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cdcda_export.adapter import Adapter
+    from cdcda_export.base import Base
     from cdcda_export.decoder import Decoder, Lora
 
 RECORDS = 64
@@ -88,6 +90,20 @@ def gather_importance(decoder: Decoder, layers: Mapping[str, Lora], probes: Sequ
     tokens = sum(len(probe.ids) for probe in newest)
     named = {decoder.architecture.gguf_name(f"{name}.weight"): total for name, total in sums.items()}
     return {name: _positive((total / tokens).cpu().numpy()) for name, total in named.items() if name is not None}
+
+
+def importance_of(base: Base, adapter: Adapter, probes: Sequence[Probe], progress: Progress) -> dict[str, np.ndarray]:
+    """Gather importance with an adapter in place; the arguments and the result are those of ``gather_importance``.
+
+    Raises:
+        MissingDependency: torch is not installed.
+        DataError: there is no record.
+    """
+    from cdcda_export.reference import has_torch, personalised
+
+    if not has_torch():
+        raise MissingDependency("torch (for --importance user)", "train")
+    return gather_importance(*personalised(base, adapter), probes, progress)
 
 
 def _positive(mean: np.ndarray) -> np.ndarray:

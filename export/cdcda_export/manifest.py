@@ -191,12 +191,19 @@ class Stage:
         write_atomic(mark, self.fingerprint)
         return self.partial
 
-    def finish(self, metrics: Mapping[str, Any], outputs: list[str], keep: tuple[str, ...] = ()) -> Manifest:
+    def finish(
+        self, metrics: Mapping[str, Any], outputs: list[str], keep: tuple[str, ...] = (), hashes: Mapping[str, str] | None = None
+    ) -> Manifest:
         """Hash the outputs, write the manifest last, and give the directory its final name.
 
-        Files that are neither outputs nor named in ``keep`` (checkpoints, marks) are removed.
+        Files that are neither outputs nor named in ``keep`` (checkpoints, marks) are removed. ``hashes`` holds the SHA-256 of outputs
+        that were hashed while they were written.
         """
-        hashed = {n: {"sha256": sha256_file(self.partial / n), "bytes": (self.partial / n).stat().st_size} for n in outputs}
+        known = hashes or {}
+        hashed = {
+            name: {"sha256": known.get(name) or sha256_file(self.partial / name), "bytes": (self.partial / name).stat().st_size}
+            for name in outputs
+        }
         for child in self.partial.iterdir():
             if child.name not in {*(o.split("/")[0] for o in outputs), *keep}:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()

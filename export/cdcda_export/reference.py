@@ -6,6 +6,7 @@ the code under test. Without torch it is the merged model as an f32 GGUF in llam
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Iterator
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cdcda_export.adapter import Adapter, PeftWeights, read_peft
-from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
 from cdcda_export.quantization import choose_types, get_quant
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.verify import Probe, Reference
 
 if TYPE_CHECKING:
+    from cdcda_export.base import Base
     from cdcda_export.decoder import Decoder, Lora
 
 
@@ -63,29 +64,34 @@ def apply_whole_tensors(decoder: Decoder, peft: PeftWeights) -> None:
         decoder.weights["lm_head.weight"] = decoder.weights["model.embed_tokens.weight"]
 
 
+def personalised(base: Base, adapter: Adapter) -> tuple[Decoder, dict[str, Lora]]:
+    """Return the base with what LoRA layers cannot express put into it, and the layers; the base itself stays as it was."""
+    # A copy of the table, not of the weights: what this adapter replaces must not stay for the next user of the same base.
+    model = copy.copy(base.decoder)
+    model.weights = dict(model.weights)
+    peft = read_peft(adapter.path)
+    apply_whole_tensors(model, peft)
+    return model, lora_of(peft)
+
+
 @contextmanager
-def merged_reference(base: GgufFile, adapter: Adapter, n_ctx: int, decoder: Decoder | None = None) -> Iterator[tuple[Reference, str]]:
+def merged_reference(base: Base, adapter: Adapter, n_ctx: int) -> Iterator[tuple[Reference, str]]:
     """Give the merged float32 model's logits at a probe's answer positions, and what to call it on the card."""
     if has_torch():
         import torch
 
-        from cdcda_export.decoder import Decoder
-
-        model = decoder or Decoder(base)
-        peft = read_peft(adapter.path)
-        layers = lora_of(peft)
-        apply_whole_tensors(model, peft)
+        model, layers = personalised(base, adapter)
 
         def ask_torch(probe: Probe) -> np.ndarray:
             where = probe.answer_positions()
             with torch.no_grad():
-                return model.logits([probe.ids], layers, torch.arange(where.start, where.stop)).numpy()
+                return model.logits([probe.ids], layers, torch.arange(where.start, where.stop)).cpu().numpy()
 
         yield ask_torch, "merged model in float32 (torch)"
         return
     quant = get_quant("f32")
     with tempfile.TemporaryDirectory(prefix="cdcda-reference-") as folder:
         path = Path(folder) / "merged-f32.gguf"
-        merge_to_gguf(base, adapter, choose_types(base, quant), quant, path)
+        merge_to_gguf(base.file, adapter, choose_types(base.file, quant), quant, path)
         with LlamaCpp(path, n_ctx=n_ctx) as runtime:
             yield (lambda probe: runtime.logits(probe.ids)[probe.answer_positions()]), "merged model in float32 (llama.cpp)"

@@ -1,7 +1,8 @@
 """Nothing ships unverified: the artifact in its real runtime against the merged model in float32.
 
-Three questions, all on text the adapter was not trained on: does the artifact read the same token ids as training did, does it predict
-what the merged float32 model predicts (KL divergence, top-1 agreement), and, where there is a user, is the personal gain still there.
+``full`` asks, all on text the adapter was not trained on: does the artifact read the same token ids as training did, is the change in
+every rewritten tensor, and does it predict what the merged float32 model predicts (KL divergence, top-1 agreement). ``quick`` asks the
+first two, and that one forward pass gives numbers. ``off`` asks nothing, and says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cdcda_export.arrival import TensorCheck, by_kind
 from cdcda_export.chat_template import ChatTemplate
 from cdcda_export.errors import ConfigError, ExportError
 from cdcda_export.progress import Progress
@@ -74,22 +76,26 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was measured and whether it passed."""
+    """What was asked, what was measured and whether it passed; None where a level does not ask."""
 
     level: str
-    passed: bool
-    reference: str
-    texts: int
-    texts_equal: int
-    positions: int
-    kl_mean: float
-    kl_gate: float
-    top1: float
-    top1_gate: float
-    nll: float
-    nll_reference: float
+    passed: bool | None
+    reference: str = ""
+    texts: int = 0
+    texts_equal: int = 0
+    positions: int = 0
+    kl_mean: float | None = None
+    kl_gate: float | None = None
+    top1: float | None = None
+    top1_gate: float | None = None
+    nll: float | None = None
+    nll_reference: float | None = None
+    tensors: int = 0
+    """How many rewritten tensors were read back and compared."""
+    worst_tensor: dict[str, Any] = field(default_factory=dict)
+    """The one closest to its error bound: name, type, error, bound."""
     arrived: dict[str, float] = field(default_factory=dict)
-    arrival_gate: float = 0.0
+    arrival_gate: float | None = None
     failures: list[str] = field(default_factory=list)
     probe_nll: list[float] = field(default_factory=list)
     """Summed negative log likelihood of each probe's answer, in nats, in the order of the probes."""
@@ -124,9 +130,9 @@ def make_probe(template: ChatTemplate, encoder: Encoder, eos: Sequence[int], use
 
 
 @cache
-def _gates() -> dict[str, dict[str, Any]]:
+def _measured() -> dict[str, dict[str, Any]]:
     text = resources.files("cdcda_export").joinpath("gates.json").read_text(encoding="utf-8")
-    return dict(json.loads(text)["gates"])
+    return dict(json.loads(text))
 
 
 def get_gate(quant: str) -> Gate:
@@ -135,10 +141,16 @@ def get_gate(quant: str) -> Gate:
     Raises:
         ConfigError: it was never measured.
     """
-    if quant not in _gates():
+    gates = _measured()["gates"]
+    if quant not in gates:
         raise ConfigError(f"There is no measured gate for '{quant}'; set export.max_kl and export.min_top1 in a recipe.")
-    row = _gates()[quant]
+    row = gates[quant]
     return Gate(float(row["kl"]), float(row["top1"]), float(row["arrival"]))
+
+
+def error_bound(kind: str) -> float:
+    """Return how far a tensor stored in this ggml type may be from its float32 weights, relative to their norm (``gates.json``)."""
+    return float(_measured()["errors"][kind])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -161,9 +173,9 @@ def verify(
     reference_name: str,
     gate: Gate,
     progress: Progress,
-    arrived: Mapping[str, float] | None = None,
+    checks: Sequence[TensorCheck] = (),
 ) -> Verification:
-    """Compare an artifact with the merged model in float32.
+    """Compare an artifact with the merged model in float32: level ``full``.
 
     Args:
         runtime: the loaded artifact.
@@ -173,7 +185,7 @@ def verify(
         reference_name: said on the card.
         gate: bounds of this quantization.
         progress: told once per probe.
-        arrived: share of the adapter's change found in the file, by kind of layer (``arrival``); None where it cannot be read.
+        checks: every rewritten tensor, read back from the file (``arrival``); none where they cannot be read.
     """
     equal = 0
     kl: list[float] = []
@@ -192,14 +204,12 @@ def verify(
         nll_reference.append(float(-want[at, list(probe.answer)].sum()))
         progress.advance(note=f"KL {np.mean(kl):.3f}")
     mean_kl, top1 = float(np.mean(kl)), float(np.mean(agree))
-    failures = []
-    if equal < len(probes):
-        failures.append(f"the artifact reads other token ids than training did on {len(probes) - equal} of {len(probes)} texts")
+    failures = _id_failures(equal, len(probes))
     if not mean_kl <= gate.kl:
         failures.append(f"KL divergence {mean_kl:.4f} from the merged model is above the gate {gate.kl:.4f}")
     if not top1 >= gate.top1:
         failures.append(f"top-1 agreement {top1:.1%} with the merged model is below the gate {gate.top1:.1%}")
-    failures += _arrival_failures(arrived or {}, gate)
+    failures += _tensor_failures(checks, gate)
     progress.done(f"KL {mean_kl:.4f}, top-1 {top1:.1%}")
     return Verification(
         level="full",
@@ -214,12 +224,75 @@ def verify(
         top1_gate=gate.top1,
         nll=sum(nll) / len(kl),
         nll_reference=sum(nll_reference) / len(kl),
-        arrived=dict(arrived or {}),
-        arrival_gate=gate.arrival,
+        **_tensor_facts(checks, gate),
         failures=failures,
         probe_nll=nll,
         probe_nll_reference=nll_reference,
     )
+
+
+def verify_quick(
+    runtime: Runtime, template: ChatTemplate, probes: Sequence[Probe], gate: Gate, progress: Progress, checks: Sequence[TensorCheck]
+) -> Verification:
+    """Ask what needs no reference: token ids, every rewritten tensor, one forward pass: level ``quick``.
+
+    The arguments are those of ``verify``; the forward pass reads the shortest probe.
+    """
+    progress.start("checking quickly")
+    equal = sum(_same_ids(runtime, template, probe) for probe in probes)
+    shortest = min(probes, key=lambda probe: len(probe.ids))
+    logits = runtime.logits(shortest.ids)[shortest.answer_positions()]
+    failures = _id_failures(equal, len(probes))
+    if not np.isfinite(logits).all():
+        failures.append("the artifact's logits are not finite numbers")
+    failures += _tensor_failures(checks, gate)
+    progress.done(f"{len(checks)} tensors")
+    nll = float(nll_of(logits, shortest.answer).mean()) if np.isfinite(logits).all() else None
+    return Verification(
+        level="quick",
+        passed=not failures,
+        texts=len(probes),
+        texts_equal=equal,
+        positions=len(shortest.answer),
+        nll=nll,
+        **_tensor_facts(checks, gate),
+        failures=failures,
+    )
+
+
+def unverified() -> Verification:
+    """Return what the level ``off`` knows: nothing."""
+    return Verification(level="off", passed=None)
+
+
+def _tensor_facts(checks: Sequence[TensorCheck], gate: Gate) -> dict[str, Any]:
+    if not checks:
+        return {"arrival_gate": gate.arrival}
+    worst = max(checks, key=lambda check: check.error / _bound(check))
+    named = {"name": worst.tensor, "type": worst.type, "error": worst.error, "bound": _bound(worst)}
+    return {"tensors": len(checks), "worst_tensor": named, "arrived": by_kind(checks), "arrival_gate": gate.arrival}
+
+
+def _bound(check: TensorCheck) -> float:
+    return error_bound(check.type) if check.type in _measured()["errors"] else 1e-6
+
+
+def _id_failures(equal: int, texts: int) -> list[str]:
+    if equal == texts:
+        return []
+    return [f"the artifact reads other token ids than training did on {texts - equal} of {texts} texts"]
+
+
+def _tensor_failures(checks: Sequence[TensorCheck], gate: Gate) -> list[str]:
+    failures = _arrival_failures(by_kind(checks), gate)
+    off = [check for check in checks if not check.error <= _bound(check)]
+    if off:
+        worst = max(off, key=lambda check: check.error / _bound(check))
+        failures.append(
+            f"{len(off)} of {len(checks)} rewritten tensors are too far from the merged weights: {worst.tensor} is {worst.error:.1%} off, "
+            f"{_bound(worst):.1%} is allowed for {worst.type}"
+        )
+    return failures
 
 
 def _arrival_failures(arrived: Mapping[str, float], gate: Gate) -> list[str]:

@@ -1,0 +1,186 @@
+"""What ``cdcda-export`` does with its parsed arguments: one user, many users, or adapters from elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdcda_export.errors import ConfigError, FileError, WorkspaceError
+from cdcda_export.progress import Progress, choose_progress
+
+if TYPE_CHECKING:
+    from cdcda_export.base import Base
+    from cdcda_export.export import AdapterJob
+    from cdcda_mobile.pipeline import Pipeline, UserJob
+
+Configs = dict[str, Any]
+
+
+def export(arguments: argparse.Namespace, configs: Configs) -> int:
+    """Run ``cdcda-export`` and return its exit code: 1 where one of many failed.
+
+    Args:
+        arguments: as ``cli.export_parser`` gives them.
+        configs: section -> config dataclass.
+
+    Raises:
+        ConfigError: the arguments exclude each other, or say too little.
+    """
+    given = [f"--{name}" for name in ("user", "users", "adapter") if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: --user and --users train adapters, --adapter brings them.")
+    if not given:
+        raise ConfigError("Name whose model to make with --user (samples: 17, 42, 63, 88), or bring an adapter with --adapter DIR.")
+    if arguments.adapter is None:
+        for name in ("out", "text", "calibration"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} goes with --adapter; a user's artifact lies in {arguments.workspace}/USER.")
+    progress = choose_progress(arguments.quiet)
+    if arguments.adapter is not None:
+        return _export_adapters(arguments, configs, progress)
+    return _export_users(arguments, configs, progress)
+
+
+def user_job(arguments: argparse.Namespace, configs: Configs, user: str) -> UserJob:
+    """Return the job of one user."""
+    from cdcda_mobile.pipeline import UserJob
+
+    redo = tuple(name.strip() for name in arguments.redo.split(",") if name.strip())
+    return UserJob(
+        user=user,
+        workspace=arguments.workspace,
+        base=arguments.base,
+        seed=arguments.seed,
+        export_only=getattr(arguments, "export_only", False),
+        redo=redo,
+        **configs,
+    )
+
+
+def dry_run(pipeline: Pipeline, as_json: bool) -> None:
+    """Say what a user's job would do and why."""
+    steps = pipeline.plan()
+    if as_json:
+        print_json([dataclasses.asdict(step) for step in steps])
+        return
+    for step in steps:
+        print(f"{'run  ' if step.runs else 'reuse'}  {step.stage:<14} {step.why}")
+
+
+def print_json(value: object) -> None:
+    """Print a value as readable JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Progress) -> int:
+    from cdcda_export.base import Base
+    from cdcda_mobile.pipeline import Pipeline
+
+    if arguments.user is not None:
+        pipeline = Pipeline(user_job(arguments, configs, arguments.user), progress)
+        if arguments.dry_run:
+            dry_run(pipeline, arguments.json)
+        else:
+            _show(pipeline.run(), arguments.json)
+        return 0
+    users, base = _users(arguments, configs), Base(arguments.base, progress)
+    if arguments.dry_run:
+        for user in users:
+            print(f"user {user}")
+            dry_run(Pipeline(user_job(arguments, configs, user), progress, base), arguments.json)
+        return 0
+    return _batch(users, lambda user, quiet: Pipeline(user_job(arguments, configs, user), quiet, base).run(), arguments, progress, "users")
+
+
+def _users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
+    if arguments.users != "all":
+        try:
+            lines = Path(arguments.users).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"Cannot read the users in {arguments.users} ({error}); name a file with one id per line, or 'all'.") from error
+        users = [line.strip() for line in lines if line.strip()]
+        if not users:
+            raise ConfigError(f"{arguments.users} names no user; write one id per line.")
+        return users
+    if not arguments.export_only:
+        from cdcda_mobile.history import list_users
+
+        return list(list_users(configs["history"]))
+    from cdcda_mobile.workspace import Workspace
+
+    workspace = Workspace(arguments.workspace)
+    users = [user for user in workspace.users() if (workspace.user_directory(user) / "adapter").is_dir()]
+    if not users:
+        raise WorkspaceError(f"No user in {arguments.workspace} has a trained adapter; run without --export-only to train them.")
+    return users
+
+
+def _export_adapters(arguments: argparse.Namespace, configs: Configs, progress: Progress) -> int:
+    from cdcda_export.base import Base
+    from cdcda_export.export import AdapterJob, export_adapter, stage_of
+
+    adapters: list[Path] = arguments.adapter
+    many = len(adapters) > 1
+
+    def job(adapter: Path) -> AdapterJob:
+        out = arguments.out / adapter.resolve().name if many and arguments.out else arguments.out
+        return AdapterJob(
+            adapter,
+            arguments.base,
+            out,
+            arguments.workspace,
+            arguments.text,
+            arguments.calibration,
+            configs["export"],
+            bool(arguments.redo),
+        )
+
+    jobs = {str(adapter): job(adapter) for adapter in adapters}
+    _forbid_clashes(list(jobs.values()))
+    base: Base = Base(arguments.base, progress)
+    if arguments.dry_run:
+        for planned in jobs.values():
+            why = stage_of(planned, base).why()
+            print(f"{'run  ' if why else 'reuse'}  {planned.directory}  {why or 'finished, nothing it depends on changed'}")
+        return 0
+    if not many:
+        _show(export_adapter(jobs[str(adapters[0])], progress, base), arguments.json)
+        return 0
+    names = [str(adapter) for adapter in adapters]
+    return _batch(names, lambda name, quiet: export_adapter(jobs[name], quiet, base), arguments, progress, "adapters")
+
+
+def _forbid_clashes(jobs: Sequence[AdapterJob]) -> None:
+    places: dict[Path, Path] = {}
+    for job in jobs:
+        other = places.setdefault(job.directory, job.adapter)
+        if other != job.adapter:
+            raise ConfigError(f"{other} and {job.adapter} would both be written to {job.directory}; rename one, or export them one by one.")
+
+
+def _batch(
+    names: list[str], make: Callable[[str, Progress], dict[str, Any]], arguments: argparse.Namespace, progress: Progress, unit: str
+) -> int:
+    from cdcda_export.batch import run_batch, summary_lines
+
+    outcomes = run_batch(names, make, progress, unit)
+    failed = sum(bool(outcome.error) for outcome in outcomes)
+    if arguments.json:
+        found = [dataclasses.asdict(outcome) for outcome in outcomes]
+        print_json({"exported": len(outcomes) - failed, "failed": failed, "outcomes": found})
+    else:
+        print("\n".join(summary_lines(outcomes)))
+    return 1 if failed else 0
+
+
+def _show(card: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(card)
+        return
+    from cdcda_export.card import print_card
+
+    print_card(card)

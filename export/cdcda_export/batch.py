@@ -1,0 +1,82 @@
+"""Many exports of one base in one process: each succeeds or fails by name, and none takes another one down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cdcda_export.card_values import duration, size
+from cdcda_export.errors import CdcdaError, ConfigError, DiskFull
+from cdcda_export.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one export; ``error`` is '' where it succeeded, ``level`` how far it was verified."""
+
+    name: str
+    seconds: float = 0.0
+    file: str = ""
+    bytes: int = 0
+    level: str = ""
+    reused: bool = False
+    error: str = ""
+
+
+def run_batch(names: Sequence[str], export: Callable[[str, Progress], dict[str, Any]], progress: Progress, unit: str) -> list[Outcome]:
+    """Export one after another and return what became of each, in order.
+
+    Args:
+        names: users or adapters.
+        export: makes one artifact and returns its card; what it says on the way is not shown, its warnings are on the card.
+        progress: moves once per name.
+        unit: what a name is, for the progress.
+
+    Raises:
+        ConfigError: a name stands twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"'{twice[0]}' is named twice; one run exports each of the {unit} once.")
+    outcomes: list[Outcome] = []
+    progress.start("exporting", len(names), unit)
+    for at, name in enumerate(names):
+        began = time.monotonic()
+        try:
+            card = export(name, Silent())
+        except DiskFull as error:
+            outcomes.append(Outcome(name, time.monotonic() - began, error=str(error)))
+            outcomes += [Outcome(later, error="not tried: the disk was full") for later in names[at + 1 :]]
+            break
+        except CdcdaError as error:
+            outcomes.append(Outcome(name, time.monotonic() - began, error=str(error)))
+        else:
+            outcomes.append(_success(name, time.monotonic() - began, card))
+        failed = sum(bool(outcome.error) for outcome in outcomes)
+        progress.advance(note=f"{failed} failed" if failed else "")
+    progress.done()
+    return outcomes
+
+
+def _success(name: str, seconds: float, card: dict[str, Any]) -> Outcome:
+    artifact, reused = card["artifact"], all(stage["reused"] for stage in card["stages"])
+    return Outcome(name, seconds, artifact["file"], artifact["bytes"], card["verification"]["level"], reused)
+
+
+def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return one line for every export, the failed ones last, and one for all of them."""
+    good, bad = [o for o in outcomes if not o.error], [o for o in outcomes if o.error]
+    width = max((len(outcome.name) for outcome in outcomes), default=0)
+    lines = [
+        f"ok      {o.name:<{width}}  {'reused' if o.reused else duration(o.seconds):>7}  {size(o.bytes):>9}  {_LEVELS[o.level]}  {o.file}"
+        for o in good
+    ]
+    lines += [f"FAILED  {o.name:<{width}}  {o.error}" for o in bad]
+    reused, seconds = sum(o.reused for o in good), sum(o.seconds for o in outcomes)
+    lines.append(f"{len(good)} exported ({reused} of them reused), {len(bad)} failed, {duration(seconds)}")
+    return lines
+
+
+_LEVELS = {"full": "verified       ", "quick": "checked quickly", "off": "not verified   "}
