@@ -1,12 +1,17 @@
 """The standard route from an adapter to a phone file, with its authors' own tools: PEFT merges, llama.cpp converts and quantizes.
 
 What our export is compared with, in speed (``export_speed.py``) and byte for byte (``tests/reference.py``).
+
+    python benchmarks/standard_route.py HF_DIRECTORY ADAPTER OUT.gguf q4_0
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,3 +110,17 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     names = [name.removesuffix(".in_sum2") for name in file if name.endswith(".in_sum2")]
     floats = {name: tensor.data.view(np.float32) for name, tensor in file.items()}
     return {name: floats[f"{name}.in_sum2"] / floats[f"{name}.counts"] for name in names}
+
+
+def main() -> None:
+    """Run the whole route: base directory, adapter directory, file to write, quantization."""
+    hf_directory, adapter, out = map(Path, sys.argv[1:4])
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        merged = merge_with_peft(hf_directory, adapter, Path(folder) / "merged")
+        quantize_with_llama_cpp(convert_f32(merged, Path(folder) / "merged-f32.gguf"), out, sys.argv[4])
+        with out.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+if __name__ == "__main__":
+    main()

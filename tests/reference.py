@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from cdcda_export.base import default_base
 from cdcda_export.base_model import load_base_model
 from cdcda_export.gguf import GgufFile
 from cdcda_export.tokenizer import bpe_tokenizer, has_known_tokenizer
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from standard_route import (
     convert_f32,
     convert_lora,

@@ -111,7 +111,8 @@ def test_the_real_base_too(real_base: Path, tmp_path: Path) -> None:
 
 NAMES = [
     "adapter", "adapter-42", "user-42-lora", "Mixtral-8x7B-Instruct-v0.1", "bloom-7b1-petals", "tiny-0.5B-chat-v1.2", "a b c", "lora",
-    "my-Q4_0-model-128k", "Llama-3-8B-Instruct-1048k", "SmolLM2-135M", "phi-3-mini-4k-instruct", "-x--y-", "v2", "x-large-7B", "gemma-fp16-chat",
+    "my-Q4_0-model-128k", "Llama-3-8B-Instruct-1048k", "SmolLM2-135M", "phi-3-mini-4k-instruct", "-x--y-", "v2", "x-large-7B",
+    "gemma-fp16-chat",
 ]  # fmt: skip
 CARDS = {
     "none": "",

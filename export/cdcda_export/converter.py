@@ -5,6 +5,7 @@ No wheel carries them. They are fetched once through pip, kept in the cache fold
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 from cdcda_export.cache import cached, sha256_of
-from cdcda_export.errors import ExportError, FileError, MissingDependency
+from cdcda_export.errors import DiskFull, ExportError, FileError, MissingDependency
 
 SDIST_VARIABLE = "CDCDA_LLAMA_CPP_SDIST"
 CONVERT_MODEL, CONVERT_LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
@@ -75,9 +76,7 @@ def _fetch(wanted: str, folder: Path) -> Path:
     """Let pip fetch the source distribution from whatever index it is set up for; nothing is compiled."""
     remedy = f"name the file llama_cpp_python-{wanted}.tar.gz with {SDIST_VARIABLE}"
     if importlib.util.find_spec("pip") is None:
-        raise FileError(
-            f"Hugging Face models need llama.cpp's converter, and {sys.prefix} has no pip to fetch it with: install pip, or {remedy}."
-        )
+        raise FileError(f"llama.cpp's converter has to be fetched once, and {sys.prefix} has no pip for it: install pip, or {remedy}.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1"]
     command += ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), f"llama-cpp-python=={wanted}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -126,6 +125,7 @@ def run_converter(script: str, arguments: Sequence[str | Path], on_percent: Call
 
     Raises:
         MissingDependency: a package that the converter imports is not installed.
+        DiskFull: there was no room for its file.
         ExportError: the converter failed; carries its last line.
     """
     for module, package in _NEEDED.items():
@@ -152,6 +152,8 @@ def run_converter(script: str, arguments: Sequence[str | Path], on_percent: Call
             raise
     if process.returncode:
         reason = re.sub(r"^ERROR:[\w.-]+:", "", last[-1]) if last else f"exit code {process.returncode}"
+        if os.strerror(errno.ENOSPC) in reason:
+            raise DiskFull("The disk filled up during the conversion; free some space, or name another cache folder with CDCDA_CACHE.")
         raise ExportError(f"llama.cpp's {script} failed: {reason.rstrip('.')}.")
 
 

@@ -61,21 +61,14 @@ def convert_directory(directory: Path, name: str, progress: Progress) -> Path:
         FileError, UnsupportedArchitecture, MissingDependency, ExportError, DiskFull: see ``resolve_base``.
     """
     check_directory(directory)
-    outtype = _outtype(_weights(directory))
-    files = sorted(path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file())
-    inputs = {
-        "name": name,
-        "outtype": outtype,
-        "converter": converter_version(),
-        "files": {path.name: sha256_of(path) for path in files},
-    }
+    inputs = conversion_inputs(directory, name)
 
     def build(partial: Path) -> dict[str, Any]:
         # The converter sees the hashed files and no others: no pickles, no code.
         staged = partial / "source" / name
         staged.mkdir(parents=True)
-        for path in files:
-            (staged / path.name).symlink_to(path.resolve())
+        for file in inputs["files"]:
+            (staged / file).symlink_to((directory / file).resolve())
         target = partial / "model.gguf"
         progress.start("converting the base model (once)", 100, "%")
         seen = 0
@@ -85,14 +78,25 @@ def convert_directory(directory: Path, name: str, progress: Progress) -> Path:
             progress.advance(max(0, percent - seen))
             seen = max(seen, percent)
 
-        run_converter(CONVERT_MODEL, [staged, "--outfile", target, "--outtype", outtype], advance)
+        run_converter(CONVERT_MODEL, [staged, "--outfile", target, "--outtype", inputs["outtype"]], advance)
         shutil.rmtree(partial / "source")
         with target.open("rb") as stream:
             os.fsync(stream.fileno())
-        progress.done(f"{target.stat().st_size / 1e6:.0f} MB, {outtype}")
-        return {"name": name, "outtype": outtype}
+        progress.done(f"{target.stat().st_size / 1e6:.0f} MB, {inputs['outtype']}")
+        return {"name": name}
 
     return cached("bases", inputs, build).directory / "model.gguf"
+
+
+def conversion_inputs(directory: Path, name: str) -> dict[str, Any]:
+    """Return all that decides a conversion's result: the model's name and files by content, the type, the converter's version."""
+    files = sorted(path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file())
+    return {
+        "name": name,
+        "outtype": _outtype(_weights(directory)),
+        "converter": converter_version(),
+        "files": {path.name: sha256_of(path) for path in files},
+    }
 
 
 def check_directory(directory: Path) -> None:
@@ -116,9 +120,7 @@ def check_directory(directory: Path) -> None:
         method = dict(config["quantization_config"]).get("quant_method", "unknown")
         raise FileError(f"{directory} is quantized already ({method}); name the model in float16, bfloat16 or float32.")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise FileError(
-            f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model); copy the tokenizer's files beside config.json."
-        )
+        raise FileError(f"{directory} holds no tokenizer.json or tokenizer.model; copy the tokenizer's files beside config.json.")
     missing = [path.name for path in _weights(directory) if not path.is_file()]
     if missing:
         raise FileError(f"{directory} lacks {missing[0]}, which its index names; copy the whole model.")

@@ -65,11 +65,9 @@ def _guess(model_id: str, weights: int) -> dict[str, str]:
     """Split ``org/name-7B-chat-v2`` into its parts (``Metadata.get_model_id_components``)."""
     if " " in model_id:
         return {"name": model_id}
-    organization, _, name = (
-        model_id.rpartition("/") if model_id.count("/") < 2 else (model_id.partition("/")[0], "", model_id.partition("/")[2])
-    )
+    organization, slash, name = model_id.partition("/") if "/" in model_id else ("", "", model_id)
     facts = {"name": name}
-    if "/" in model_id and not organization.startswith("."):
+    if slash and not organization.startswith("."):
         facts["organization"] = organization
     parts = [part for part in name.split("-") if part]
     kinds = [_kind(part, index, weights) for index, part in enumerate(parts)]
