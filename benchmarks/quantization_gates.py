@@ -1,10 +1,10 @@
 """How far each quantization takes an artifact from the merged float32 model, and the gates that follow.
 
-For every sample user's adapter (from ``benchmarks/sample_users.py``) and every quantization: KL divergence, top-1 agreement and the arrived
-share of the change, on the user's test answers. ``--write`` turns the worst of them, times the margin, into
-``export/cdcda_export/gates.json``.
+For every user's adapter in the workspaces (``sample_users.py`` and ``quantization_kl.py`` make them) and every quantization: KL
+divergence, top-1 agreement, the arrived share of the change and the error of every rewritten tensor, on the user's test answers.
+``--write`` turns the worst of them, times the margin, into ``export/cdcda_export/gates.json``.
 
-    python benchmarks/quantization_gates.py [--quick] [--write] [--workspace DIR]
+    python benchmarks/quantization_gates.py [--quick] [--write] [--workspace DIR ...]
 """
 
 from __future__ import annotations
@@ -12,56 +12,86 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laboratory import RESULTS, print_table, write_results
+import numpy as np
 
 from cdcda_export.adapter import read_adapter, read_peft
-from cdcda_export.artifact import _ARRIVALS, Order, open_artifact, open_base, write_artifact
-from cdcda_export.decoder import Decoder
-from cdcda_export.gguf import GgufFile
-from cdcda_export.manifest import sha256_file
+from cdcda_export.arrival import by_kind
+from cdcda_export.artifact import _CHECKS, Order, open_artifact, write_artifact
+from cdcda_export.base import Base
+from cdcda_export.ggml import TYPES, dequantize, quantize
+from cdcda_export.importance import check_disjoint, importance_of
 from cdcda_export.progress import Silent
+from cdcda_export.quantization import QUANTS
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.reference import merged_reference
 from cdcda_export.verify import Gate, verify
 from cdcda_mobile.dataset import encoding_of
-from cdcda_mobile.history import Record
-from cdcda_mobile.pipeline import read_lines
+from cdcda_mobile.history import records_in
+from laboratory import RESULTS, print_table, write_results
 
-GGUF = ("f16", "q8_0", "q4_k_m", "q4_1", "q4_0")
+GGUF = tuple(name for name in QUANTS if name not in ("f32", "base"))
+# What weighs its rounding; 8 bits and floats do not.
+WEIGHED = tuple(name for name in GGUF if name not in ("f16", "bf16", "q8_0"))
+QUICK = ("f16", "q8_0", "q4_1", "q4_0")
 ONNX = ("int8", "int4")
 MARGIN = 1.6
 # Where the default base's own type swallows the change (q4_1 on a Q4_1 base), its measurement is no yardstick: q4_0's holds, and the
 # artifact fails.
 _SWALLOWED, _INSTEAD = 0.8, "q4_0"
 _FLOOR = {"kl": 0.002, "top1": 0.02, "arrival": 0.02}
+# Tensor types whose rows the default base does not have are measured on its weights in rows of this length.
+_LONG_ROWS = 256
+
+Cell = tuple[str, str, str]
+"""Format, quantization, importance."""
 
 
-def measure(user: Path, kind: str, quant: str, base: GgufFile, base_sha: str, decoder: Decoder) -> dict[str, Any]:
-    """Return KL, top-1 and arrival of one artifact on its user's test records."""
-    config = ExportConfig(format=kind, quant=quant, allow_fallback=True)
-    adapter = read_adapter(user / "adapter", base)
-    records = [Record(**row) for row in read_lines(user / "history" / "test.jsonl")]
-    probes = encoding_of(base).probes(records, config.max_tokens)
+def cells(quick: bool) -> list[Cell]:
+    """Return what is measured."""
+    if quick:
+        return [("gguf", quant, "none") for quant in QUICK]
+    gguf = [("gguf", quant, "none") for quant in GGUF] + [("gguf", quant, "user") for quant in WEIGHED]
+    return [*gguf, ("gguf-lora", "q4_0", "none"), *(("onnx", quant, "none") for quant in ONNX)]
+
+
+def measure(user: Path, cell: Cell, base: Base) -> dict[str, Any]:
+    """Return what one artifact of one user is: metrics and hashes, no text."""
+    kind, quant, weighed = cell
+    config = ExportConfig(format=kind, quant=quant, allow_fallback=True, importance=weighed)
+    adapter = read_adapter(user / "adapter", base.file)
+    encoding = encoding_of(base.file)
+    probes = encoding.probes(records_in(user / "history" / "test.jsonl"), config.max_tokens)
+    importance = None
+    if weighed == "user":
+        training = encoding.probes(records_in(user / "history" / "train.jsonl"), config.max_tokens)
+        check_disjoint(training, probes)
+        importance = importance_of(base, adapter, training, Silent())
     with tempfile.TemporaryDirectory() as folder:
-        order = Order(base, base_sha, adapter, config, Path(folder), Path(folder) / "_shared")
-        made = write_artifact(order, Silent())
-        arrived = _ARRIVALS[kind](base, made, read_peft(adapter.path))
+        made = write_artifact(Order(base, adapter, config, Path(folder), Path(folder) / "_shared", importance), Silent())
+        checks = _CHECKS[kind](base.file, made, read_peft(adapter.path))
         with (
             open_artifact(made, config.max_tokens) as (runtime, template),
-            merged_reference(base, adapter, 512, decoder) as (reference, name),
+            merged_reference(base, adapter, config.max_tokens) as (reference, name),
         ):
-            result = verify(runtime, template, probes, reference, name, Gate(1e9, 0.0, 1e9), Silent(), arrived)
+            result = verify(runtime, template, probes, reference, name, Gate(1e9, 0.0, 1e9), Silent())
         size = made.main.stat().st_size
+    errors: dict[str, float] = {}
+    for check in checks:
+        if kind != "gguf-lora":  # there the error is relative to the change, and nothing is rounded
+            errors[check.type] = max(errors.get(check.type, 0.0), check.error)
     return {
         "user": user.name,
         "format": kind,
         "quant": quant,
+        "importance": weighed,
         "kl": result.kl_mean,
         "top1": result.top1,
-        "arrived": result.arrived,
+        "arrived": by_kind(checks),
+        "errors": errors,
         "nll": result.nll,
         "nll_reference": result.nll_reference,
         "positions": result.positions,
@@ -69,58 +99,91 @@ def measure(user: Path, kind: str, quant: str, base: GgufFile, base_sha: str, de
     }
 
 
+def gate_name(row: dict[str, Any]) -> str:
+    """Return the name of the gate that a row counts for."""
+    return str(row["quant"]) + ("+importance" if row["importance"] == "user" else "")
+
+
+def _arrival_error(rows: list[dict[str, Any]]) -> float:
+    return max((abs(share - 1) for row in rows for share in row["arrived"].values()), default=0.0)
+
+
 def gates_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the gate of every quantization: the worst user, times the margin."""
     gates: dict[str, dict[str, float]] = {}
-    for quant in dict.fromkeys(row["quant"] for row in rows):
-        mine = [row for row in rows if row["quant"] == quant]
-        arrival = max((abs(share - 1) for row in mine for share in row["arrived"].values()), default=0.0)
-        source = mine if arrival < _SWALLOWED else [row for row in rows if row["quant"] == _INSTEAD]
-        arrival = max((abs(share - 1) for row in source for share in row["arrived"].values()), default=0.0)
-        gates[quant] = {
+    for name in dict.fromkeys(map(gate_name, rows)):
+        mine = [row for row in rows if gate_name(row) == name]
+        source = mine if _arrival_error(mine) < _SWALLOWED else [row for row in rows if gate_name(row) == _INSTEAD]
+        gates[name] = {
             "kl": round(max(_FLOOR["kl"], MARGIN * max(row["kl"] for row in source)), 4),
             "top1": round(1 - max(_FLOOR["top1"], MARGIN * max(1 - row["top1"] for row in source)), 4),
-            "arrival": round(max(_FLOOR["arrival"], MARGIN * arrival), 4),
+            "arrival": round(max(_FLOOR["arrival"], MARGIN * _arrival_error(source)), 4),
         }
     return gates
+
+
+def error_bounds(rows: list[dict[str, Any]], base: Base) -> dict[str, float]:
+    """Return how far a tensor of each type may be from its float32 weights: the worst that was measured, times the margin."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        for kind, error in row["errors"].items():
+            worst[kind] = max(worst.get(kind, 0.0), error)
+    storable = [kind for kind in TYPES.values() if kind.name in {q.main for q in QUANTS.values()} | {"Q6_K"}]
+    rng = np.random.default_rng(0)
+    for name in ("blk.0.attn_k.weight", "blk.0.attn_output.weight", "blk.14.ffn_down.weight", "blk.29.ffn_up.weight"):
+        tensor = base.file[name]
+        weights = dequantize(tensor.data, tensor.type, tensor.shape).reshape(-1, _LONG_ROWS)
+        for kind in storable:
+            for weight_of in (None, np.exp(rng.normal(0, 1.5, _LONG_ROWS)).astype(np.float32)):
+                stored = dequantize(quantize(weights, kind, weight_of), kind, weights.shape)
+                error = float(np.linalg.norm(stored - weights) / np.linalg.norm(weights))
+                worst[kind.name] = max(worst.get(kind.name, 0.0), error)
+    return {kind: round(max(1e-6, MARGIN * error), 6) for kind, error in sorted(worst.items())}
+
+
+def users_in(workspaces: Sequence[Path]) -> list[Path]:
+    """Return the directories of all users with a finished adapter."""
+    return sorted(path.parent for workspace in workspaces for path in workspace.glob("*/adapter") if (path / "manifest.json").exists())
+
+
+def measure_all(users: Sequence[Path], wanted: Sequence[Cell], base: Base) -> list[dict[str, Any]]:
+    """Measure every user in every cell, and say each as it comes."""
+    rows = []
+    for cell in wanted:
+        for user in users:
+            rows.append(measure(user, cell, base))
+            print(f"{' '.join(cell)} {user.name}: KL {rows[-1]['kl']:.4f} top-1 {rows[-1]['top1']:.3f}", flush=True)
+    return rows
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="GGUF only, adapters of the quick recipe")
+    parser.add_argument("--quick", action="store_true", help="four quantizations, no importance, no ONNX, adapters of the quick recipe")
     parser.add_argument("--write", action="store_true", help="write gates.json")
-    parser.add_argument("--workspace", type=Path, default=None)
+    parser.add_argument("--workspace", type=Path, nargs="+", help="runs/_benchmark-default")
     arguments = parser.parse_args()
-    workspace = arguments.workspace or Path("runs") / f"_benchmark-{'quick' if arguments.quick else 'default'}"
-    users = sorted(path.parent for path in workspace.glob("*/adapter") if (path / "manifest.json").exists())
+    workspaces = arguments.workspace or [Path("runs") / f"_benchmark-{'quick' if arguments.quick else 'default'}"]
+    users = users_in(workspaces)
     if not users:
-        parser.exit(1, f"{workspace} holds no adapters; run benchmarks/sample_users.py first.\n")
-    base = open_base(None)
-    base_sha, decoder = sha256_file(base.path), Decoder(base)
-    formats = (
-        [("gguf", quant) for quant in GGUF] + [("gguf-lora", "q4_0")] + ([] if arguments.quick else [("onnx", quant) for quant in ONNX])
-    )
-    rows = []
-    for kind, quant in formats:
-        for user in users:
-            rows.append(measure(user, kind, quant, base, base_sha, decoder))
-            print(f"{kind} {quant} {user.name}: KL {rows[-1]['kl']:.4f} top-1 {rows[-1]['top1']:.3f}", flush=True)
+        parser.exit(1, f"{', '.join(map(str, workspaces))} holds no adapters; run benchmarks/sample_users.py first.\n")
+    base = Base()
+    rows = measure_all(users, cells(arguments.quick), base)
     print_table(
-        ["format", "quant", "user", "KL", "top-1", "least arrived", "NLL", "NLL f32", "MB"],
+        ["format", "quant", "importance", "user", "KL", "top-1", "least arrived", "NLL", "NLL f32", "MB"],
         [
-            [r["format"], r["quant"], r["user"], r["kl"], r["top1"], min(r["arrived"].values(), default=float("nan")), r["nll"]]
-            + [r["nll_reference"], r["bytes"] / 1e6]
+            [r["format"], r["quant"], r["importance"], r["user"], r["kl"], r["top1"], min(r["arrived"].values(), default=float("nan"))]
+            + [r["nll"], r["nll_reference"], r["bytes"] / 1e6]
             for r in rows
         ],
     )
-    gates = gates_of(rows)
-    figures = {f"kl_{quant}": max(r["kl"] for r in rows if r["quant"] == quant) for quant in gates}
-    result = write_results("quantization_gates", figures, {"margin": MARGIN, "rows": rows, "gates": gates})
+    gates, errors = gates_of(rows), error_bounds(rows, base)
+    figures = {f"kl_{name}": max(r["kl"] for r in rows if gate_name(r) == name) for name in gates}
+    result = write_results("quantization_gates", figures, {"margin": MARGIN, "rows": rows, "gates": gates, "errors": errors})
     if arguments.write:
         target = Path(__file__).parents[1] / "export" / "cdcda_export" / "gates.json"
-        source = f"benchmarks/{RESULTS.name}/{result.name}: the worst sample user, times {MARGIN}"
-        target.write_text(json.dumps({"source": source, "gates": gates}, indent=2) + "\n", encoding="utf-8")
+        source = f"benchmarks/{RESULTS.name}/{result.name}: the worst user, times {MARGIN}"
+        target.write_text(json.dumps({"source": source, "gates": gates, "errors": errors}, indent=2) + "\n", encoding="utf-8")
         print(f"gates written: {target}")
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laboratory import print_table, write_results
-
 from cdcda_export.base import open_base
 from cdcda_export.progress import Plain
 from cdcda_export.recipe import build_config, read_recipe
@@ -23,6 +21,7 @@ from cdcda_mobile.config import HistoryConfig
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import list_users
 from cdcda_mobile.pipeline import Pipeline, UserJob
+from laboratory import print_table, write_results
 
 _CONTEXT = 512
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cdcda_export.artifact import Artifact, open_artifact
 from cdcda_export.bundle import BUNDLE
+from cdcda_export.cache import sha256_of
 from cdcda_export.errors import ConfigError, FileError, did_you_mean
 from cdcda_export.manifest import MANIFEST, outputs_intact, read_manifest
 from cdcda_export.verify import Runtime
@@ -52,7 +53,7 @@ def read_artifact(directory: Path) -> Artifact:
 def _shared(directory: Path, entry: dict[str, object]) -> Path:
     for root in directory.resolve().parents[:4]:
         for path in (root / "_shared").glob(f"*/{entry['file']}"):
-            if path.stat().st_size == entry["bytes"] and not path.parent.name.endswith(".partial"):
+            if path.stat().st_size == entry["bytes"] and not path.parent.name.endswith(".partial") and sha256_of(path) == entry["sha256"]:
                 return path
     raise FileError(f"The shared base of {directory} is gone; run cdcda-export again.")
 

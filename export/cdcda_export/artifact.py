@@ -22,7 +22,7 @@ from cdcda_export.manifest import Stage, sha256_file
 from cdcda_export.merge import Importance, merge_to_gguf, quantized_base, untouched
 from cdcda_export.onnx_arrival import check_onnx
 from cdcda_export.progress import Progress
-from cdcda_export.quantization import QUANTS, choose_types, get_quant, is_double_quantized, quant_of_base
+from cdcda_export.quantization import IGNORE_IMPORTANCE, QUANTS, choose_types, get_quant, is_double_quantized, quant_of_base
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.reference import merged_reference
 from cdcda_export.runtime import LlamaCpp
@@ -80,8 +80,11 @@ def check_combination(config: ExportConfig, base: GgufFile) -> None:
         raise ConfigError(
             f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)} One of: {', '.join(known)}."
         )
-    if config.format != "onnx":
-        types_of(config, base)
+    if config.format == "onnx":
+        return
+    types = types_of(config, base)
+    if config.importance != "none" and all(kind.name in IGNORE_IMPORTANCE for kind in types.values()):
+        raise ConfigError(f"--importance user changes nothing at {quant}: 8 bits and floats are rounded the same way; leave it out.")
 
 
 def types_of(config: ExportConfig, base: GgufFile) -> dict[str, GgmlType]:

@@ -67,7 +67,9 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
     verification = part(card, "verification")
     if verification.get("level") in (None, "off"):
         return Verdict("unknown", "not verified")
-    return Verdict("good", "verified") if verification.get("passed") is True else Verdict("bad", "did not pass its gate")
+    if verification.get("passed") is not True:
+        return Verdict("bad", "did not pass its gate")
+    return Verdict("unknown", "checked quickly") if verification.get("level") == "quick" else Verdict("good", "verified")
 
 
 def gain(card: Mapping[str, Any]) -> Measure | None:
@@ -160,10 +162,12 @@ def _verified_lines(card: Mapping[str, Any]) -> list[str]:
     if found.get("level") in (None, "off"):
         return ["not verified: nothing is known of what this file answers"]
     ids = part(found, "token_ids")
-    first = (
-        f"KL {significant(found.get('kl_mean'))} (gate {significant(found.get('kl_gate'))})  "
-        f"top-1 {percent(found.get('top1'))} (gate {percent(found.get('top1_gate'))})"
-    )
+    first = "quick checks, no comparison with the merged model (that is --verify full)"
+    if found.get("level") != "quick":
+        first = (
+            f"KL {significant(found.get('kl_mean'))} (gate {significant(found.get('kl_gate'))})  "
+            f"top-1 {percent(found.get('top1'))} (gate {percent(found.get('top1_gate'))})"
+        )
     if found.get("passed") is not True:
         first += "  FAILED"
     lines = [first, f"token ids equal on {number(ids.get('equal'), 0)} of {number(ids.get('texts'), 0)} texts"]
@@ -175,7 +179,21 @@ def _verified_lines(card: Mapping[str, Any]) -> list[str]:
     if share is not None:
         gate = finite(found.get("arrival_gate")) or 0.0
         lines.append(f"{percent(share)} of the adapter's change arrived in the file (gate {percent(1 - gate)} to {percent(1 + gate)})")
+    worst = worst_tensor(found)
+    if worst:
+        lines.append(worst)
     return lines
+
+
+def worst_tensor(verification: Mapping[str, Any]) -> str:
+    """Return in words how far rewritten tensors are from their float32 weights; '' where they were not read back."""
+    worst = part(verification, "worst_tensor")
+    if finite(worst.get("error")) is None or finite(worst.get("bound")) is None:
+        return ""
+    return (
+        f"{number(verification.get('tensors'), 0)} rewritten tensors read back, at most {percent(worst['error'])} from their float32 "
+        f"weights ({clean(worst.get('name'))}; {percent(worst['bound'])} allowed for {clean(worst.get('type'))})"
+    )
 
 
 def least_arrived(verification: Mapping[str, Any]) -> float | None:

@@ -55,6 +55,10 @@ QUANTS: dict[str, Quant] = {
 }
 
 
+IGNORE_IMPORTANCE = ("F32", "F16", "BF16", "Q8_0")
+"""Types whose quantizer in ggml looks at no importance."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a matrix stands: the how-maniest of its kind, of how many, in what model."""

@@ -22,6 +22,7 @@ from cdcda_export.card_facts import (
     tasks,
     training_facts,
     verdict,
+    worst_tensor,
 )
 from cdcda_export.card_values import clean, counts, duration, finite, number, part, percent, rows, significant, size
 from cdcda_export.manifest import write_atomic
@@ -197,21 +198,21 @@ def _artifact(card: Mapping[str, Any]) -> str:
 
 def _verification(card: Mapping[str, Any]) -> str:
     found = part(card, "verification")
-    if verdict(card).state == "unknown":
+    if found.get("level") in (None, "off"):
         return section("Verification", '<p class="none">Not verified: nothing is known of what this file answers.</p>')
     ids = part(found, "token_ids")
     equal, texts = ids.get("equal"), ids.get("texts")
     share = (finite(equal) or 0.0) / (finite(texts) or 1.0)
     kl, top1 = found.get("kl_mean"), found.get("top1")
-    graphs: list[tuple[str, str, str]] = [
-        ("KL divergence", significant(kl), gate_svg(kl, found.get("kl_gate"), "KL divergence", significant, True)),
-        ("Top-1 agreement", percent(top1), gate_svg(top1, found.get("top1_gate"), "Top-1 agreement", percent, False)),
-        (
-            "Equal token ids",
-            f"{number(equal, 0)} of {number(texts, 0)} texts",
-            gate_svg(share, 1.0, "Equal token ids", percent, False),
-        ),
-    ]
+    quick = found.get("level") == "quick"
+    graphs: list[tuple[str, str, str]] = []
+    if not quick:
+        graphs = [
+            ("KL divergence", significant(kl), gate_svg(kl, found.get("kl_gate"), "KL divergence", significant, True)),
+            ("Top-1 agreement", percent(top1), gate_svg(top1, found.get("top1_gate"), "Top-1 agreement", percent, False)),
+        ]
+    same = f"{number(equal, 0)} of {number(texts, 0)} texts"
+    graphs.append(("Equal token ids", same, gate_svg(share, 1.0, "Equal token ids", percent, False)))
     arrived = least_arrived(found)
     if arrived is not None:
         floor = 1 - (finite(found.get("arrival_gate")) or 0.0)
@@ -221,6 +222,10 @@ def _verification(card: Mapping[str, Any]) -> str:
     positions = number(found.get("positions"), 0)
     note = f"The shipped file in its real runtime, against the {reference}, at {positions} answer positions. "
     note += f"NLL per token: file {number(found.get('nll'))}, reference {number(found.get('nll_reference'))}."
+    if quick:
+        note = f"Quick checks only: the file loads and one forward pass over {positions} answer positions gives numbers."
+    worst = worst_tensor(found)
+    note += f" {escaped(worst[0].upper() + worst[1:])}." if worst else ""
     return section("Verification", f'<p class="note">{note}</p>', f'<div class="gates">\n{panels}</div>')
 
 
