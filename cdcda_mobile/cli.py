@@ -117,9 +117,7 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     _add_common(parser, user=False)
     many = parser.add_argument_group("many users (instead of --user)")
     many.add_argument("--users", metavar="FILE|all", help="a file with one id per line, or all; failures are named, the others finish")
-    many.add_argument(
-        "--export-only", action="store_true", help="never train: use the adapters that are there (all: all who have one)"
-    )
+    many.add_argument("--export-only", action="store_true", help="never train: use the adapters that are there (all: all who have one)")
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class UserExport:
         }
         if self.config.importance != "none":
             inputs["history/train.jsonl"] = self.history.outputs["train.jsonl"]["sha256"]
-        return Stage(self.directory / self.config.directory, asdict(self.config), inputs, redo)
+        return Stage(self.directory / self.config.directory, self.config.settings(), inputs, redo)
 
     def run(self, stage: Stage, progress: Progress) -> Manifest:
         """Build the artifact, and return the stage's manifest with the card in its metrics.

@@ -84,7 +84,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("use_dora"):
         raise AdapterError(f"{path} uses DoRA, which cannot be merged here; train with use_dora=False.")
     if config.get("alora_invocation_tokens"):
-        raise AdapterError(f"{path} is an activated LoRA, which acts after an invocation text only and cannot be merged; train a plain LoRA.")
+        raise AdapterError(
+            f"{path} is an activated LoRA, which acts after an invocation text only and cannot be merged; train a plain LoRA."
+        )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_BASE_CHANGING_INITS):
         raise AdapterError(f"{path} was initialised with {init}, which changes the base; convert it to plain LoRA with peft first.")

@@ -163,7 +163,7 @@ def _write_lora(order: Order, progress: Progress) -> Artifact:
 def _shared_base(order: Order, progress: Progress) -> Path:
     """Return the base in the quantization asked for, beside the users who share it; two of them do not make it twice."""
     quant = get_quant(order.config.resolved_quant)
-    settings = {"quant": quant.name, "allow_fallback": order.config.allow_fallback, "tensor_types": order.config.tensor_types}
+    settings = {"quant": quant.name, "allow_fallback": order.config.allow_fallback, "tensor_types": order.config.settings()["tensor_types"]}
     stage = Stage(order.shared / f"base-{quant.name}-{order.base.sha256[:12]}", settings, {"base": order.base.sha256})
     with locked(order.shared, stage.name):
         try:

@@ -107,7 +107,7 @@ def stage_of(job: AdapterJob, base: Base) -> Stage:
     }
     if job.config.importance != "none":
         inputs["calibration"] = sha256_json(_calibration_texts(job))
-    return Stage(job.directory, asdict(job.config), inputs, job.redo)
+    return Stage(job.directory, job.config.settings(), inputs, job.redo)
 
 
 def export_adapter(job: AdapterJob, progress: Progress, base: Base | None = None) -> dict[str, Any]:

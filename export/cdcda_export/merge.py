@@ -22,7 +22,7 @@ from cdcda_export.cache import cached
 from cdcda_export.errors import DiskFull, is_disk_full
 from cdcda_export.ggml import TYPES, GgmlType, Rewrite, ggml_version, row_bytes
 from cdcda_export.gguf import DEFAULT_ALIGNMENT, GgufFile, Tensor, TensorSource, pack_pair, write_gguf
-from cdcda_export.quantization import Quant, file_type_of, is_double_quantized
+from cdcda_export.quantization import IGNORE_IMPORTANCE, Quant, file_type_of, is_double_quantized
 
 _REWRITTEN_KEYS = ("general.file_type", "general.quantization_version")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -163,7 +163,7 @@ def _step(
     base: GgufFile, tensor: Tensor, kind: GgmlType, adapter: Adapter | None, importance: Importance, quantized: GgufFile | None
 ) -> _Copied | _Computed:
     name = tensor.name
-    weight_of = importance.get(name)
+    weight_of = None if kind.name in IGNORE_IMPORTANCE else importance.get(name)
     if adapter is not None and name in adapter.replaced:
         weights = np.ascontiguousarray(adapter.replaced[name], np.float32)
         return _Computed(base, tensor, Rewrite(weights.reshape(-1).view(np.uint8), TYPES["F32"], tensor.shape, kind, importance=weight_of))
@@ -206,7 +206,8 @@ def quantized_base(
 def untouched(base: GgufFile, adapter: Adapter, types: Mapping[str, GgmlType], importance: Importance | None = None) -> Iterator[str]:
     """Yield the tensors whose bytes can come from ``quantized_base``: no change, another type than the base's, no importance."""
     for name, tensor in base.items():
-        if name not in adapter.touched and types[name] != tensor.type and name not in (importance or {}):
+        weighed = name in (importance or {}) and types[name].name not in IGNORE_IMPORTANCE
+        if name not in adapter.touched and types[name] != tensor.type and not weighed:
             yield name
 
 

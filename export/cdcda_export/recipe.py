@@ -73,6 +73,10 @@ class ExportConfig:
         """The quantization asked for, or the format's default."""
         return self.quant or FORMATS[self.format]
 
+    def settings(self) -> dict[str, Any]:
+        """Return every field for a stage's fingerprint; the order of ``tensor_types`` counts, for the first match decides."""
+        return dataclasses.asdict(self) | {"tensor_types": [list(item) for item in self.tensor_types.items()]}
+
     @property
     def directory(self) -> str:
         """Name of the artifact's directory in ``runs/<user>/``."""
