@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from cdcda_export.adapter import base_warning, read_adapter, read_peft
 from cdcda_export.architectures import permute_rows, unpermute_rows
-from cdcda_export.base_model import load_base_model, merge_peft
+from cdcda_export.base_model import load_base_model
 from cdcda_export.errors import AdapterError, UnsupportedArchitecture
 from cdcda_export.gguf import GgufFile
-from tiny import make_adapter, make_gguf
+from tiny import make_adapter, make_gguf, merge_peft
 
 
 @pytest.mark.parametrize(

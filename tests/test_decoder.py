@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cdcda_export.adapter import read_peft
-from cdcda_export.base_model import load_base_model, merge_peft
+from cdcda_export.base_model import load_base_model
 from cdcda_export.chat_template import template_of
 from cdcda_export.decoder import Decoder
 from cdcda_export.errors import FileError, UnsupportedArchitecture
@@ -17,7 +17,7 @@ from cdcda_export.gguf import GgufFile
 from cdcda_export.reference import lora_of
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.tokenizer import bpe_tokenizer
-from tiny import LAYERS, make_adapter, make_gguf
+from tiny import LAYERS, make_adapter, make_gguf, merge_peft
 
 TEXT = "<|im_start|>user\nThe rain in the north is 42 m deep, and on it goes: resting.<|im_end|>\n"
 

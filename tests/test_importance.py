@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cdcda_export.adapter import read_peft
-from cdcda_export.base_model import load_base_model, merge_peft
+from cdcda_export.base_model import load_base_model
 from cdcda_export.decoder import Decoder
 from cdcda_export.errors import DataError
 from cdcda_export.ggml import TYPES, dequantize, quantize
@@ -18,7 +18,7 @@ from cdcda_export.importance import RECORDS, check_disjoint, gather_importance
 from cdcda_export.progress import Silent
 from cdcda_export.reference import lora_of
 from cdcda_export.verify import Probe
-from tiny import make_adapter, make_gguf
+from tiny import make_adapter, make_gguf, merge_peft
 
 
 def _probes(count: int, seed: int = 0) -> list[Probe]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cdcda_export.adapter import read_adapter, read_peft
-from cdcda_export.base_model import load_base_model, merge_peft
+from cdcda_export.base_model import load_base_model
 from cdcda_export.errors import DiskFull
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
 from cdcda_export.quantization import choose_types, get_quant, is_double_quantized
-from tiny import make_adapter, make_gguf
+from tiny import make_adapter, make_gguf, merge_peft
 
 
 def _merge(base: GgufFile, adapter: object, quant: str, path: Path, fallback: bool = False) -> GgufFile:

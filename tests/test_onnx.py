@@ -18,7 +18,7 @@ import pytest
 from cdcda_export import onnx_graph
 from cdcda_export.adapter import PeftWeights, read_peft
 from cdcda_export.arrival import by_kind
-from cdcda_export.base_model import load_base_model, merge_peft
+from cdcda_export.base_model import load_base_model
 from cdcda_export.cache import cache_folder, sha256_of
 from cdcda_export.chat_template import template_of
 from cdcda_export.errors import AdapterError, ExportError, FileError, MissingDependency, QuantizationError
@@ -31,7 +31,7 @@ from cdcda_export.onnx_quant import Blocks, blocks_of, dequantize_blocks, quanti
 from cdcda_export.onnx_rewrite import plan
 from cdcda_export.progress import Plain, Silent
 from cdcda_export.verify import log_softmax
-from tiny import TARGETS, make_adapter, make_gguf
+from tiny import TARGETS, make_adapter, make_gguf, merge_peft
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 250, 40)]
 QUANTS = ("int8", "int4")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from cdcda_export.adapter import PeftWeights
 from cdcda_export.architectures import ARCHITECTURES, permute_rows
 from cdcda_export.ggml import TYPES, quantize
 from cdcda_export.gguf import GgufFile, InMemory, pack_pair, write_gguf
@@ -171,4 +172,15 @@ def make_adapter(
     return directory
 
 
-__all__ = ["LAYERS", "TARGETS", "TEMPLATE", "make_adapter", "make_gguf", "permute_rows", "vocabulary"]
+def merge_peft(model: Any, peft: PeftWeights) -> None:
+    """Add an adapter to a transformers model's weights in place."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    for module in peft.pairs:
+        parameters[f"{module}.weight"].data += torch.from_numpy(peft.change(module))
+    for name, weights in peft.replaced.items():
+        parameters[name].data.copy_(torch.from_numpy(weights.copy()))
+
+
+__all__ = ["LAYERS", "TARGETS", "TEMPLATE", "make_adapter", "make_gguf", "merge_peft", "permute_rows", "vocabulary"]

@@ -143,6 +143,14 @@ class PeftWeights:
         alpha = float(_pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8)))
         return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
 
+    def change(self, module: str) -> np.ndarray:
+        """Return what the adapter adds to a module's weight: float32, (outputs, inputs), (B A) * scale in peft's order of operations."""
+        pair = self.pairs[module]
+        embedding = "lora_embedding_A" in pair
+        product = pair["lora_embedding_B"] @ pair["lora_embedding_A"] if embedding else pair["lora_B"] @ pair["lora_A"]
+        product *= np.float32(self.scale(module))
+        return product.T if embedding else product
+
 
 def read_peft(directory: str | Path) -> PeftWeights:
     """Read a PEFT LoRA directory without any base.

@@ -46,48 +46,57 @@ def by_kind(checks: Iterable[TensorCheck]) -> dict[str, float]:
     return {kind: float(np.mean(values)) for kind, values in shares.items()}
 
 
-def check_merged(base: GgufFile, artifact: GgufFile, peft: PeftWeights) -> list[TensorCheck]:
-    """Compare every rewritten tensor of a merged GGUF with what base and adapter say it should be."""
+# Says how an artifact holds a parameter (its Hugging Face name, its name in the base GGUF): type, and float32 in Hugging Face's layout.
+Stored = Callable[[str, str], tuple[str, np.ndarray]]
+
+
+def check_tensors(base: GgufFile, peft: PeftWeights, stored: Stored) -> list[TensorCheck]:
+    """Compare every tensor that an adapter changes with what base and adapter say it should be, on every core."""
     architecture = get_architecture(base.architecture, str(base.path))
 
     def check(parameter: str) -> TensorCheck | None:
         name = architecture.gguf_name(parameter)
-        if name is None or name not in base or name not in artifact:
+        if name is None or name not in base:
             return None  # an lm_head tied to the embedding
-        before, after = hf_tensor(base, architecture, name), hf_tensor(artifact, architecture, name)
-        change = _change(peft, parameter, before)
+        before = hf_tensor(base, architecture, name)
+        replaced, module = peft.replaced.get(parameter), parameter.removesuffix(".weight")
+        change = peft.change(module) if replaced is None else replaced - before
+        kind, after = stored(parameter, name)
         moved = after - before
         arrived = _share(moved, change)
         moved -= change
-        check = TensorCheck(name, _kind(parameter), artifact[name].type.name, arrived, _norm(moved) / max(_norm(before + change), 1e-30))
+        error = _norm(moved) / max(_norm(before + change), 1e-30)
         base.release(name)
-        artifact.release(name)
-        return check
+        return TensorCheck(name, _kind(module), kind, arrived, error)
 
     return _all(check, [*(f"{module}.weight" for module in peft.pairs), *peft.replaced])
 
 
+def check_merged(base: GgufFile, artifact: GgufFile, peft: PeftWeights) -> list[TensorCheck]:
+    """Check a merged GGUF."""
+    architecture = get_architecture(base.architecture, str(base.path))
+    return check_tensors(base, peft, lambda _, name: (artifact[name].type.name, hf_tensor(artifact, architecture, name)))
+
+
 def check_lora(base: GgufFile, path: Path, peft: PeftWeights) -> list[TensorCheck]:
-    """Compare the change that an adapter GGUF applies at run time with the adapter's own; the error is relative to the change."""
+    """Check the change that an adapter GGUF applies at run time; the error is relative to the change."""
     architecture, file = get_architecture(base.architecture, str(base.path)), GgufFile(path)
     alpha = float(file.get_value("adapter.lora.alpha"))
 
-    def check(parameter: str) -> TensorCheck:
-        name = architecture.gguf_name(parameter) or ""
-        wanted = _change(peft, parameter, None)
-        got = _applied(file, name, base, architecture, alpha)
+    def check(module: str) -> TensorCheck:
+        name = architecture.gguf_name(f"{module}.weight") or ""
+        wanted, got = peft.change(module), _applied(file, name, base, architecture, alpha)
         if got is None:
-            return TensorCheck(name, _kind(parameter), "none", 0.0, 1.0)
-        return TensorCheck(
-            name, _kind(parameter), file[f"{name}.lora_a"].type.name, _share(got, wanted), _norm(got - wanted) / max(_norm(wanted), 1e-30)
-        )
+            return TensorCheck(name, _kind(module), "none", 0.0, 1.0)
+        error = _norm(got - wanted) / max(_norm(wanted), 1e-30)
+        return TensorCheck(name, _kind(module), file[f"{name}.lora_a"].type.name, _share(got, wanted), error)
 
-    return _all(check, [f"{module}.weight" for module in peft.pairs])
+    return _all(check, list(peft.pairs))
 
 
-def _all(check: Callable[[str], TensorCheck | None], parameters: list[str]) -> list[TensorCheck]:
+def _all(check: Callable[[str], TensorCheck | None], names: list[str]) -> list[TensorCheck]:
     with ThreadPoolExecutor(cpu_threads()) as pool:
-        return [found for found in pool.map(check, parameters) if found is not None]
+        return [found for found in pool.map(check, names) if found is not None]
 
 
 def _applied(file: GgufFile, name: str, base: GgufFile, architecture: Architecture, alpha: float) -> np.ndarray | None:
@@ -101,19 +110,8 @@ def _applied(file: GgufFile, name: str, base: GgufFile, architecture: Architectu
     return unpermute_rows(dense, heads_of(base, name)) if architecture.is_permuted(name) else dense
 
 
-def _change(peft: PeftWeights, parameter: str, before: np.ndarray | None) -> np.ndarray:
-    if parameter in peft.replaced:
-        return peft.replaced[parameter] if before is None else peft.replaced[parameter] - before
-    module = parameter.removesuffix(".weight")
-    pair = peft.pairs[module]
-    embedding = "lora_embedding_A" in pair
-    product = pair["lora_embedding_B"] @ pair["lora_embedding_A"] if embedding else pair["lora_B"] @ pair["lora_A"]
-    product *= np.float32(peft.scale(module))
-    return product.T if embedding else product
-
-
-def _kind(parameter: str) -> str:
-    return parameter.removesuffix(".weight").rsplit(".", 1)[-1]
+def _kind(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
 
 
 def _norm(values: np.ndarray) -> float:

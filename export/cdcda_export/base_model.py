@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cdcda_export.adapter import PeftWeights
 from cdcda_export.architectures import Architecture, get_architecture, heads_of, unpermute_rows
-from cdcda_export.errors import AdapterError, FileError, MissingDependency, UnsupportedArchitecture
+from cdcda_export.errors import FileError, MissingDependency, UnsupportedArchitecture
 from cdcda_export.ggml import dequantize
 from cdcda_export.gguf import GgufFile
 
@@ -119,23 +118,3 @@ def _apply_rope_factors(model: PreTrainedModel, base: GgufFile) -> None:
     rotary = model.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq / factors
     rotary.original_inv_freq = rotary.inv_freq
-
-
-def merge_peft(model: PreTrainedModel, peft: PeftWeights) -> None:
-    """Add an adapter to a model's weights in place, in float32 (Hugging Face layout on both sides).
-
-    Raises:
-        AdapterError: it names a layer that the model does not have.
-    """
-    import torch
-
-    parameters = dict(model.named_parameters())
-    for module, pair in peft.pairs.items():
-        if f"{module}.weight" not in parameters:
-            raise AdapterError(f"The adapter changes {module}, which the base model does not have.")
-        embedding = "lora_embedding_A" in pair
-        up, down = (pair["lora_embedding_B"], pair["lora_embedding_A"]) if embedding else (pair["lora_B"], pair["lora_A"])
-        change = torch.from_numpy((up @ down) * np.float32(peft.scale(module)))
-        parameters[f"{module}.weight"].data += change.T if embedding else change
-    for name, weights in peft.replaced.items():
-        parameters[name].data.copy_(torch.from_numpy(weights.copy()))

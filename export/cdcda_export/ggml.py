@@ -188,7 +188,7 @@ class Rewrite:
         stride_in, stride_out = row_bytes(self.source, columns), row_bytes(self.target, columns)
         data, made = np.ascontiguousarray(self.data), out.ctypes.data
         floats = data.view(np.float32).reshape(-1, columns) if self.source.name == "F32" else None
-        decode = None if floats is not None else library.ggml_get_type_traits(self.source.id).contents.to_float
+        decode = library.ggml_get_type_traits(self.source.id).contents.to_float
         weight_of = None if self.importance is None else np.ascontiguousarray(self.importance, np.float32)
         pointer = None if weight_of is None else weight_of.ctypes.data
         step = max(1, _CHUNK_WEIGHTS // columns)

@@ -104,7 +104,7 @@ def merged(base: GgufFile, parameter: str, peft: PeftWeights | None) -> np.ndarr
     if peft is not None and parameter in peft.replaced:
         made = peft.replaced[parameter]
     elif peft is not None and module in peft.pairs and module != parameter:
-        made = peft_change(peft, module)
+        made = peft.change(module)
     else:
         return hf_tensor(base, architecture, source)
     if made.shape != base[source].shape:
@@ -112,16 +112,6 @@ def merged(base: GgufFile, parameter: str, peft: PeftWeights | None) -> np.ndarr
     if parameter not in peft.replaced:
         made += hf_tensor(base, architecture, source)
     return made
-
-
-def peft_change(peft: PeftWeights, module: str) -> np.ndarray:
-    """Return what an adapter adds to a module's weight: float32, (outputs, inputs)."""
-    pair = peft.pairs[module]
-    embedding = "lora_embedding_A" in pair
-    up, down = (pair["lora_embedding_B"], pair["lora_embedding_A"]) if embedding else (pair["lora_B"], pair["lora_A"])
-    change = up @ down
-    change *= np.float32(peft.scale(module))
-    return change.T if embedding else change
 
 
 def _touched(peft: PeftWeights, parameters: Iterable[str]) -> list[str]:

@@ -6,21 +6,17 @@ Read from the file that ships, by the names of its initializers, and not from an
 from __future__ import annotations
 
 import importlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cdcda_export.adapter import PeftWeights
-from cdcda_export.architectures import get_architecture
-from cdcda_export.arrival import TensorCheck
+from cdcda_export.arrival import TensorCheck, check_tensors
 from cdcda_export.errors import FileError, MissingDependency
 from cdcda_export.gguf import GgufFile
-from cdcda_export.onnx import merged, peft_change
 from cdcda_export.onnx_file import MODEL
 from cdcda_export.onnx_quant import dequantize_blocks
-from cdcda_export.runtime import cpu_threads
 
 
 def check_onnx(base: GgufFile, path: Path, peft: PeftWeights) -> list[TensorCheck]:
@@ -36,30 +32,8 @@ def check_onnx(base: GgufFile, path: Path, peft: PeftWeights) -> list[TensorChec
         MissingDependency: onnx is not installed.
     """
     file = path / MODEL if path.is_dir() else path
-    tensors, architecture = _initializers(file), get_architecture(base.architecture, str(base.path))
-
-    def check(parameter: str) -> TensorCheck | None:
-        source = architecture.gguf_name(parameter)
-        if source is None or source not in base:
-            return None  # an lm_head tied to the embedding
-        before = merged(base, parameter, None)
-        change = peft.replaced[parameter] - before if parameter in peft.replaced else peft_change(peft, parameter.removesuffix(".weight"))
-        kind, stored = _stored(tensors, parameter, before.shape[-1], file)
-        moved = stored - before
-        size = float(np.vdot(change, change))
-        arrived = float(np.vdot(moved, change)) / size if size > 0 else None
-        moved -= change
-        error = _norm(moved) / max(_norm(before + change), 1e-30)
-        base.release(source)
-        return TensorCheck(source, parameter.removesuffix(".weight").rsplit(".", 1)[-1], kind, arrived, error)
-
-    with ThreadPoolExecutor(cpu_threads()) as pool:
-        parameters = [*(f"{module}.weight" for module in peft.pairs), *peft.replaced]
-        return [found for found in pool.map(check, parameters) if found is not None]
-
-
-def _norm(values: np.ndarray) -> float:
-    return float(np.sqrt(np.vdot(values, values)))
+    tensors = _initializers(file)
+    return check_tensors(base, peft, lambda parameter, name: _stored(tensors, parameter, base[name].shape[-1], file))
 
 
 def _initializers(file: Path) -> dict[str, Any]:

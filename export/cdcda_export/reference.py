@@ -58,8 +58,7 @@ def apply_whole_tensors(decoder: Decoder, peft: PeftWeights) -> None:
         decoder.weights[name] = torch.from_numpy(weights.copy())
     for module, pair in peft.pairs.items():
         if "lora_embedding_A" in pair:
-            change = (pair["lora_embedding_B"] @ pair["lora_embedding_A"]).T * np.float32(peft.scale(module))
-            decoder.weights[f"{module}.weight"] = decoder.weights[f"{module}.weight"] + torch.from_numpy(change)
+            decoder.weights[f"{module}.weight"] = decoder.weights[f"{module}.weight"] + torch.from_numpy(peft.change(module))
     if tied:
         decoder.weights["lm_head.weight"] = decoder.weights["model.embed_tokens.weight"]
 
