@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# As the commands do, and before numpy and OpenMP are loaded: without it every test that computes is slow beside another process.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from cdcda_export.base import default_base
 from tiny import make_adapter, make_gguf
 

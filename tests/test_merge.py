@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cdcda_export.adapter import read_adapter, read_peft
+from cdcda_export.base import Base
 from cdcda_export.base_model import load_base_model
 from cdcda_export.errors import DiskFull
 from cdcda_export.gguf import GgufFile
-from cdcda_export.merge import merge_to_gguf
+from cdcda_export.manifest import sha256_file
+from cdcda_export.merge import merge_to_gguf, quantized_base
 from cdcda_export.quantization import choose_types, get_quant, is_double_quantized
 from tiny import make_adapter, make_gguf, merge_peft
 
@@ -81,3 +85,47 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(llama_base: Path, tmp
     with pytest.raises(DiskFull, match="filled up"):
         _merge(GgufFile(llama_base), None, "q8_0", tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from cdcda_export.adapter import read_adapter
+from cdcda_export.base import Base
+from cdcda_export.manifest import sha256_file
+from cdcda_export.merge import merge_to_gguf, quantized_base
+from cdcda_export.quantization import choose_types, get_quant
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+base, quant = Base(sys.argv[1]), get_quant("q4_0")
+types = choose_types(base.file, quant)
+before = peak()
+kept = quantized_base(base.file, base.sha256, types, quant)
+merge_to_gguf(base.file, read_adapter(sys.argv[2], base.file), types, quant, Path(sys.argv[3]), quantized=kept)
+print(peak() - before)
+"""
+
+
+def test_memory_stays_at_three_of_the_largest_tensors_whatever_the_size(tmp_path: Path) -> None:
+    """226 MB of base, of which nothing but a few tensors is ever held: neither as arrays nor as mapped pages."""
+    path = make_gguf(tmp_path / "base.gguf", hidden=2048, layers=3, kind="F16")
+    largest = max(int(np.prod(tensor.shape)) for tensor in GgufFile(path).values()) * 4
+    adapter = make_adapter(tmp_path / "a", path, targets=("q_proj", "up_proj", "down_proj"))
+    command = [sys.executable, "-c", _PEAK, str(path), str(adapter), str(tmp_path / "m.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * largest < path.stat().st_size / 2
+
+
+def test_untouched_tensors_come_from_the_cached_base_and_are_the_same(llama_base: Path, tmp_path: Path) -> None:
+    base, quant = Base(llama_base), get_quant("q4_0")
+    types = choose_types(base.file, quant)
+    adapter = read_adapter(make_adapter(tmp_path / "a", llama_base, targets=("v_proj",)), base.file)
+    kept = quantized_base(base.file, base.sha256, types, quant)
+    assert kept.path == quantized_base(base.file, base.sha256, types, quant).path
+    with_cache = merge_to_gguf(base.file, adapter, types, quant, tmp_path / "one.gguf", quantized=kept)
+    without = merge_to_gguf(base.file, adapter, types, quant, tmp_path / "two.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert with_cache.sha256 == without.sha256 == sha256_file(tmp_path / "one.gguf")
+    assert (with_cache.rewritten, without.rewritten) == (2, 15)
