@@ -228,7 +228,9 @@ def verify_artifact(
     Raises:
         VerificationFailed: it is outside its gate.
     """
+    progress.start("reading the rewritten tensors back")
     checks, gate = _CHECKS[artifact.format](base.file, artifact, read_peft(adapter.path)), gate_of(config, base.file)
+    progress.done(f"{len(checks)} tensors")
     if config.verify == "quick":
         result = verify_quick(runtime, template, probes, gate, progress, checks)
     else:
@@ -260,9 +262,12 @@ def make_artifact(
     if order.config.verify == "off":
         return artifact, unverified(), None
     exchanges = probes()
-    with open_artifact(artifact, order.config.max_tokens) as (runtime, template):
+    full = order.config.verify == "full"
+    # A quick check reads one text, and llama.cpp's memory and time to load grow with the context it is given.
+    context = order.config.max_tokens if full else min(len(probe.ids) for probe in exchanges) + 1
+    with open_artifact(artifact, context) as (runtime, template):
         result = verify_artifact(artifact, runtime, template, exchanges, order.base, order.adapter, order.config, progress)
-        extra = evaluate(runtime, exchanges, result) if order.config.verify == "full" else None
+        extra = evaluate(runtime, exchanges, result) if full else None
     return artifact, result, extra
 
 

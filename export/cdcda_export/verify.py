@@ -238,7 +238,7 @@ def verify_quick(
 
     The arguments are those of ``verify``; the forward pass reads the shortest probe.
     """
-    progress.start("checking quickly")
+    progress.start("checking token ids and one forward pass")
     equal = sum(_same_ids(runtime, template, probe) for probe in probes)
     shortest = min(probes, key=lambda probe: len(probe.ids))
     logits = runtime.logits(shortest.ids)[shortest.answer_positions()]
@@ -246,7 +246,7 @@ def verify_quick(
     if not np.isfinite(logits).all():
         failures.append("the artifact's logits are not finite numbers")
     failures += _tensor_failures(checks, gate)
-    progress.done(f"{len(checks)} tensors")
+    progress.done()
     nll = float(nll_of(logits, shortest.answer).mean()) if np.isfinite(logits).all() else None
     return Verification(
         level="quick",
