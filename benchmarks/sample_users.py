@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cdcda_export.base import open_base
+from cdcda_export.base import Base
 from cdcda_export.progress import Plain
 from cdcda_export.recipe import build_config, read_recipe
 from cdcda_export.runtime import LlamaCpp
@@ -26,13 +26,13 @@ from laboratory import print_table, write_results
 _CONTEXT = 512
 
 
-def run_jobs(workspace: Path, recipe: str) -> dict[str, Pipeline]:
+def run_jobs(workspace: Path, recipe: str, base: Base) -> dict[str, Pipeline]:
     """Run the job of every sample user and return the pipelines."""
     values = read_recipe(recipe, SECTIONS)
     configs = {name: build_config(cls, values.get(name, {})) for name, cls in SECTIONS.items()}
     pipelines = {}
     for user in sorted(list_users(HistoryConfig())):
-        pipelines[user] = Pipeline(UserJob(user=user, workspace=workspace, **configs), Plain())
+        pipelines[user] = Pipeline(UserJob(user=user, workspace=workspace, **configs), Plain(), base)
         pipelines[user].run()
     return pipelines
 
@@ -56,11 +56,11 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = "quick" if arguments.quick else "default"
     workspace = arguments.workspace or Path("runs") / f"_benchmark-{recipe}"
-    pipelines = run_jobs(workspace, recipe)
-    base = open_base(None)
-    encoding = encoding_of(base)
+    base = Base()
+    pipelines = run_jobs(workspace, recipe, base)
+    encoding = encoding_of(base.file)
     probes = {user: encoding.probes(p.records("test"), _CONTEXT) for user, p in pipelines.items()}
-    models = {"base": base.path} | {u: p.directory / p.job.export.directory / "model.gguf" for u, p in pipelines.items()}
+    models = {"base": base.file.path} | {u: p.directory / p.job.export.directory / "model.gguf" for u, p in pipelines.items()}
     table = nll_table(models, probes)
     print_table(["test records of", *models], [[user, *(table[user][m] for m in models)] for user in probes])
     margins = {user: min(v for m, v in row.items() if m != user) - row[user] for user, row in table.items()}

