@@ -23,6 +23,7 @@ from cdcda_export.base import Base
 from cdcda_export.progress import Plain
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TrainConfig
 from cdcda_mobile.pipeline import Pipeline, UserJob
+from cdcda_mobile.workspace import write_lines
 from laboratory import print_table, write_results
 from quantization_gates import Cell, measure_all, users_in
 
@@ -52,7 +53,7 @@ def newest_records(data: Path, folder: Path, users: int) -> tuple[Path, list[str
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
     kept = [row for user in chosen for row in rows[user][-RECORDS:]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_lines(path, kept)
     return path, chosen
 
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cdcda_export.artifact import Artifact, open_artifact
-from cdcda_export.bundle import BUNDLE
-from cdcda_export.cache import sha256_of
+from cdcda_export.bundle import BUNDLE, read_bundle
 from cdcda_export.errors import ConfigError, FileError, did_you_mean
-from cdcda_export.manifest import MANIFEST, outputs_intact, read_manifest
+from cdcda_export.manifest import MANIFEST
 from cdcda_export.verify import Runtime
 
 _CONTEXT, _ANSWER = 2048, 256
@@ -39,23 +38,10 @@ def read_artifact(directory: Path) -> Artifact:
     Raises:
         FileError: it is unfinished, was changed, or its shared base is gone.
     """
-    manifest = read_manifest(directory)
-    if manifest is None or not outputs_intact(directory, manifest):
-        raise FileError(f"{directory} is unfinished or was changed since it was verified; run cdcda-export again.")
-    bundle = json.loads((directory / BUNDLE).read_text(encoding="utf-8"))
-    files = {}
-    for role, entry in bundle["files"].items():
-        files[role] = directory / entry["file"] if entry["beside"] else _shared(directory, entry)
+    bundle = read_bundle(directory)
+    files = {role: directory / entry["path"] for role, entry in bundle["files"].items()}
     main = files["adapter"] if "adapter" in files else files["model"]
     return Artifact(bundle["format"], bundle["quant"], main, files, [], bundle["tensor_types"], None)
-
-
-def _shared(directory: Path, entry: dict[str, object]) -> Path:
-    for root in directory.resolve().parents[:4]:
-        for path in (root / "_shared").glob(f"*/{entry['file']}"):
-            if path.stat().st_size == entry["bytes"] and not path.parent.name.endswith(".partial") and sha256_of(path) == entry["sha256"]:
-                return path
-    raise FileError(f"The shared base of {directory} is gone; run cdcda-export again.")
 
 
 def wrap(text: str, presets: dict[str, str]) -> str:

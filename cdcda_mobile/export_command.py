@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdcda_export.errors import ConfigError, FileError, WorkspaceError
+from cdcda_export.errors import CdcdaError, ConfigError, FileError, WorkspaceError
 from cdcda_export.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
     from cdcda_export.base import Base
     from cdcda_export.export import AdapterJob
-    from cdcda_mobile.pipeline import Pipeline, UserJob
+    from cdcda_mobile.pipeline import Pipeline, Step, UserJob
 
 Configs = dict[str, Any]
 
@@ -77,8 +77,9 @@ def print_json(value: object) -> None:
 
 
 def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Progress) -> int:
+    from cdcda_export.artifact import check_combination
     from cdcda_export.base import Base
-    from cdcda_mobile.pipeline import Pipeline
+    from cdcda_mobile.pipeline import Pipeline, check_redo
 
     if arguments.user is not None:
         pipeline = Pipeline(user_job(arguments, configs, arguments.user), progress)
@@ -88,12 +89,33 @@ def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Pro
             _show(pipeline.run(), arguments.json)
         return 0
     users, base = _users(arguments, configs), Base(arguments.base, progress)
+    check_combination(configs["export"], base.file)
+    check_redo(user_job(arguments, configs, users[0]))
     if arguments.dry_run:
-        for user in users:
-            print(f"user {user}")
-            dry_run(Pipeline(user_job(arguments, configs, user), progress, base), arguments.json)
-        return 0
+        return _plan_of_many(users, lambda user: Pipeline(user_job(arguments, configs, user), progress, base).plan(), arguments.json)
     return _batch(users, lambda user, quiet: Pipeline(user_job(arguments, configs, user), quiet, base).run(), arguments, progress, "users")
+
+
+def _plan_of_many(users: Sequence[str], plan: Callable[[str], list[Step]], as_json: bool) -> int:
+    """Say what would run for every user; one whose plan cannot be made is named and the others are planned."""
+    found: dict[str, Any] = {}
+    for user in users:
+        try:
+            found[user] = [dataclasses.asdict(step) for step in plan(user)]
+        except CdcdaError as error:
+            found[user] = {"error": str(error)}
+    if as_json:
+        print_json(found)
+        return 0
+    width = max(map(len, users))
+    for user, steps in found.items():
+        if isinstance(steps, dict):
+            print(f"fail   {user:<{width}}  {steps['error']}")
+            continue
+        running = [step for step in steps if step["runs"]]
+        first = running[0] if running else steps[-1]
+        print(f"{'run  ' if running else 'reuse'}  {user:<{width}}  {first['stage']}: {first['why']}")
+    return 0
 
 
 def _users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
@@ -121,7 +143,7 @@ def _users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
 
 def _export_adapters(arguments: argparse.Namespace, configs: Configs, progress: Progress) -> int:
     from cdcda_export.base import Base
-    from cdcda_export.export import AdapterJob, export_adapter, stage_of
+    from cdcda_export.export import AdapterJob, export_adapter, stage_of, why_not_reusable
 
     adapters: list[Path] = arguments.adapter
     many = len(adapters) > 1
@@ -139,12 +161,16 @@ def _export_adapters(arguments: argparse.Namespace, configs: Configs, progress: 
             bool(arguments.redo),
         )
 
+    redo = {name.strip() for name in arguments.redo.split(",") if name.strip()}
+    known = ("export", configs["export"].directory)
+    if not redo <= set(known):
+        raise ConfigError(f"There is no stage '{min(redo - set(known))}' of an adapter's export to redo. One of: {', '.join(known)}.")
     jobs = {str(adapter): job(adapter) for adapter in adapters}
     _forbid_clashes(list(jobs.values()))
     base: Base = Base(arguments.base, progress)
     if arguments.dry_run:
         for planned in jobs.values():
-            why = stage_of(planned, base).why()
+            why = why_not_reusable(stage_of(planned, base), planned.config.verify)
             print(f"{'run  ' if why else 'reuse'}  {planned.directory}  {why or 'finished, nothing it depends on changed'}")
         return 0
     if not many:
@@ -159,7 +185,7 @@ def _forbid_clashes(jobs: Sequence[AdapterJob]) -> None:
     for job in jobs:
         other = places.setdefault(job.directory, job.adapter)
         if other != job.adapter:
-            raise ConfigError(f"{other} and {job.adapter} would both be written to {job.directory}; rename one, or export them one by one.")
+            raise ConfigError(f"{other} and {job.adapter} would both be written to {job.directory}; give each its own --out.")
 
 
 def _batch(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cdcda_export.artifact import check_combination
 from cdcda_export.base import Base
 from cdcda_export.errors import ConfigError, WorkspaceError
+from cdcda_export.export import reusable, why_not_reusable
 from cdcda_export.manifest import Manifest, Stage, outputs_intact, read_manifest, sha256_file, sha256_json, write_json
 from cdcda_export.progress import Progress
 from cdcda_export.recipe import ExportConfig
@@ -52,13 +53,22 @@ class Step:
     why: str
 
 
+def check_redo(job: UserJob) -> None:
+    """Refuse to redo what is no stage.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    for name in job.redo:
+        if name not in STAGES and name != job.export.directory:
+            raise ConfigError(f"There is no stage '{name}' to redo. One of: {', '.join((*STAGES, job.export.directory))}.")
+
+
 class Pipeline:
     """One user's job over one workspace."""
 
     def __init__(self, job: UserJob, progress: Progress, base: Base | None = None) -> None:
-        for name in job.redo:
-            if name not in STAGES and name != job.export.directory:
-                raise ConfigError(f"There is no stage '{name}' to redo. One of: {', '.join((*STAGES, job.export.directory))}.")
+        check_redo(job)
         self.job, self.progress = job, progress
         self.base = base or Base(job.base, progress)
         check_combination(job.export, self.base.file)
@@ -113,28 +123,29 @@ class Pipeline:
             history, adapter = self._finished("history"), self._finished("adapter")
             for name in ("history", "adapter"):
                 steps.append(Step(name, str(self.directory / name), False, "finished (--export-only never trains)"))
-            steps.append(self._step(self.user_export(history, adapter, None).stage(self._redo_export)))
+            steps.append(self._export_step(self.user_export(history, adapter, None)))
             return steps
         steps.append(self._step(self.history_stage(self._split())))
-        makers: list[tuple[str, Callable[[], Stage]]] = []
+        finished = self._finished
+        makers: list[tuple[str, Callable[[], Step]]] = []
         if self.job.augment.keep:
-            makers.append(("augment", lambda: self.augment_stage(self._finished("history"))))
-        augmented = (lambda: self._finished("augment")) if self.job.augment.keep else (lambda: None)
-        makers.append(("adapter", lambda: self.adapter_stage(self._finished("history"), augmented())))
-        export = lambda: self.user_export(self._finished("history"), self._finished("adapter"), augmented())  # noqa: E731
-        makers.append((self.job.export.directory, lambda: export().stage(self._redo_export)))
+            makers.append(("augment", lambda: self._step(self.augment_stage(finished("history")))))
+        augmented = (lambda: finished("augment")) if self.job.augment.keep else (lambda: None)
+        makers.append(("adapter", lambda: self._step(self.adapter_stage(finished("history"), augmented()))))
+        export = self.job.export.directory
+        makers.append((export, lambda: self._export_step(self.user_export(finished("history"), finished("adapter"), augmented()))))
         for name, make in makers:
             blocked = next((step.stage for step in steps if step.runs), None)
-            if blocked:
-                steps.append(Step(name, str(self.directory / name), True, f"follows {blocked}"))
-            else:
-                steps.append(self._step(make()))
+            steps.append(Step(name, str(self.directory / name), True, f"follows {blocked}") if blocked else make())
         return steps
 
     @staticmethod
-    def _step(stage: Stage) -> Step:
-        why = stage.why()
-        return Step(stage.name, str(stage.directory), bool(why), why or "finished, nothing it depends on changed")
+    def _step(stage: Stage, why: Callable[[Stage], str] = Stage.why) -> Step:
+        reason = why(stage)
+        return Step(stage.name, str(stage.directory), bool(reason), reason or "finished, nothing it depends on changed")
+
+    def _export_step(self, export: UserExport) -> Step:
+        return self._step(export.stage(self._redo_export), lambda stage: why_not_reusable(stage, self.job.export.verify))
 
     def run(self, until: str = "export") -> dict[str, Any]:
         """Run the missing stages and return the card.
@@ -142,10 +153,14 @@ class Pipeline:
         Args:
             until: ``augment`` or ``adapter`` stops after that stage and returns its metrics instead.
         """
-        if not self.job.export_only:
-            self._split()  # first: a mistyped user or source must leave no folder and bind no workspace
+        # First: a mistyped user or source must leave no folder and bind no workspace.
+        if self.job.export_only:
+            self._finished("adapter")
+        else:
+            self._split()
         with self.workspace.locked(self.job.user):
-            self.workspace.bind(self._source(), self.base.sha256, self.base.file.path.name)
+            # What is exported only was read long ago, from whatever source the workspace is bound to.
+            self.workspace.bind(None if self.job.export_only else self._source(), self.base.sha256, self.base.name)
             if self.job.export_only:
                 history, augmented = self._finished("history"), read_manifest(self.directory / "augment")
                 adapter = self._finished("adapter")
@@ -161,7 +176,8 @@ class Pipeline:
                 return dict(adapter.metrics)
             export = self.user_export(history, adapter, augmented)
             stage = export.stage(self._redo_export)
-            return self._card(self._timed(stage.name, stage, lambda s: export.run(s, self.progress)))
+            level = self.job.export.verify
+            return self._card(self._timed(stage.name, stage, lambda s: export.run(s, self.progress), lambda stage: reusable(stage, level)))
 
     def _source(self) -> str:
         data = self.job.history.data
@@ -177,9 +193,15 @@ class Pipeline:
             raise WorkspaceError(f"User {self.job.user} has no finished {name} in {self.directory}; run again without --export-only.")
         return manifest
 
-    def _timed(self, name: str, stage: Stage, build: Callable[[Stage], Manifest]) -> Manifest:
+    def _timed(
+        self,
+        name: str,
+        stage: Stage,
+        build: Callable[[Stage], Manifest],
+        finished: Callable[[Stage], Manifest | None] = Stage.finished,
+    ) -> Manifest:
         began = time.monotonic()
-        manifest = stage.finished()
+        manifest = finished(stage)
         reused = manifest is not None
         if manifest is None:
             manifest = build(stage)
@@ -250,7 +272,7 @@ class Pipeline:
         self.progress.done()
         trainer = Trainer(decoder, examples, encoding.probes(validation, config.max_tokens), config, self.job.seed, partial)
         result = trainer.run(self.progress)
-        files = save_adapter(result.lora, result.best, config, self.base.file.path.stem, partial)
+        files = save_adapter(result.lora, result.best, config, Path(self.base.name).name.removesuffix(".gguf"), partial)
         counts = {"train": len(train), "validation": len(validation), "synthetic": len(synthetic)}
         return stage.finish({**result.metrics(), "records": counts, "rank": config.rank, "epochs": config.epochs}, files)
 

@@ -12,7 +12,7 @@ from cdcda_export.adapter import Adapter
 from cdcda_export.artifact import Artifact, Order, load_adapter, make_artifact
 from cdcda_export.base import Base
 from cdcda_export.bundle import write_bundle
-from cdcda_export.export import adapter_hashes, gate_hash, next_commands
+from cdcda_export.export import adapter_inputs, gate_hash, next_commands
 from cdcda_export.manifest import Manifest, Stage, versions
 from cdcda_export.merge import Importance
 from cdcda_export.progress import Progress
@@ -56,7 +56,7 @@ class UserExport:
             "base": self.base.sha256,
             "gate": gate_hash(self.config, self.base.file),
             "history/test.jsonl": self.history.outputs["test.jsonl"]["sha256"],
-            **adapter_hashes(self.directory / "adapter"),
+            **adapter_inputs(self.directory / "adapter", self.config.format),
         }
         if self.config.importance != "none":
             inputs["history/train.jsonl"] = self.history.outputs["train.jsonl"]["sha256"]
@@ -70,7 +70,7 @@ class UserExport:
             VerificationFailed: the artifact is outside its gate.
         """
         partial = stage.begin()
-        adapter = load_adapter(self.directory / "adapter", self.base.file, progress)
+        adapter = load_adapter(self.directory / "adapter", self.base, progress)
         test = records_in(self.directory / "history" / "test.jsonl")
 
         def probes() -> list[Probe]:
@@ -84,9 +84,9 @@ class UserExport:
         described = artifact.as_card(stage.directory)
         presets = [{"task": name, "instruction": get_task(name).instruction} for name in dict.fromkeys(r.task for r in test)]
         checked = result.as_card()
-        bundled = write_bundle(partial, self.base.file, self.base.sha256, artifact.files, described, checked, presets, artifact.hashes)
+        bundled = write_bundle(partial, self.base, artifact, described, checked, presets)
         card = (evaluated or _NOT_EVALUATED) | self._facts(described, checked, artifact, progress)
-        return stage.finish({"card": card}, [*artifact.outputs, *bundled], hashes=artifact.hashes)
+        return stage.finish({"card": card, "verify": self.config.verify}, [*artifact.outputs, *bundled], hashes=artifact.hashes)
 
     def _importance(self, adapter: Adapter, held_out: Any, progress: Progress) -> Importance | None:
         """Weigh the input channels on the user's training records; what is held out never takes part."""
@@ -136,7 +136,7 @@ class UserExport:
         used = self.augmented is not None and "augment/kept.jsonl" in self.trained.inputs
         return {
             "user": self.user,
-            "base": {"name": self.base.file.path.name, "sha256": self.base.sha256},
+            "base": {"name": self.base.name, "sha256": self.base.sha256},
             "artifact": described,
             "verification": checked,
             "training": {**trained, "records": records},

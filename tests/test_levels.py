@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cdcda_export.adapter import read_adapter, read_peft
+from cdcda_export.adapter import base_warning, read_adapter, read_peft
 from cdcda_export.arrival import check_merged
+from cdcda_export.artifact import gate_of
 from cdcda_export.base import Base
 from cdcda_export.bundle import require_verified
 from cdcda_export.errors import ConfigError, FileError, VerificationFailed
 from cdcda_export.export import AdapterJob, export_adapter
 from cdcda_export.gguf import GgufFile
+from cdcda_export.manifest import Stage
 from cdcda_export.merge import merge_to_gguf
 from cdcda_export.progress import Silent
 from cdcda_export.quantization import choose_types, get_quant
 from cdcda_export.recipe import ExportConfig
+from cdcda_mobile.chat import read_artifact
 from cdcda_mobile.cli import export_main
 from tiny import make_adapter, make_gguf
 
@@ -31,8 +35,6 @@ def job(tmp_path: Path) -> AdapterJob:
 
 
 def _with(job: AdapterJob, **config: object) -> AdapterJob:
-    from dataclasses import replace
-
     return replace(job, config=ExportConfig(quant="q8_0", **config))  # type: ignore[arg-type]
 
 
@@ -44,12 +46,15 @@ def test_full_may_leave_and_the_other_levels_may_not(job: AdapterJob) -> None:
         bundle = json.loads((asked.directory / "bundle.json").read_text())
         assert bundle["verification"]["level"] == level
         manifest = json.loads((asked.directory / "manifest.json").read_text())
-        assert manifest["config"]["verify"] == level
+        assert manifest["metrics"]["verify"] == level
         with pytest.raises(VerificationFailed, match=f"--verify {level}.*--verify full"):
             require_verified(asked.directory)
     full = _with(job)
     export_adapter(full, Silent())
     assert require_verified(full.directory)["verification"]["level"] == "full"
+    # Asking for less afterwards is answered with what is there.
+    assert export_adapter(_with(job, verify="quick"), Silent())["verification"]["level"] == "full"
+    assert require_verified(full.directory)
     (full.directory / "model.gguf").write_bytes(b"GGUF of somebody else")
     with pytest.raises(FileError, match="was changed"):
         require_verified(full.directory)
@@ -84,6 +89,30 @@ def test_one_ruined_tensor_is_found(level: str, job: AdapterJob, monkeypatch: py
     with pytest.raises(VerificationFailed, match=r"1 of 14 rewritten tensors .* blk\.1\.ffn_down\.weight"):
         export_adapter(asked, Silent())
     assert not asked.directory.exists()
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_one_change_left_out_among_many_is_found(level: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixteen layers one lacks its change: too little for the mean of its kind, and within the rounding error of four bits."""
+    import cdcda_export.artifact as artifact
+
+    path = make_gguf(tmp_path / "base.gguf", layers=16)
+    job = AdapterJob(make_adapter(tmp_path / "adapter", path, rank=2, alpha=0.3), path, workspace=tmp_path / "runs")
+    right = artifact._WRITERS["gguf"]
+
+    def write(order: artifact.Order, progress: Silent) -> artifact.Artifact:
+        name = "blk.7.ffn_down.weight"
+        delta = order.adapter.deltas[name]
+        wrong = {**order.adapter.deltas, name: replace(delta, scale=delta.scale * factor)}
+        return right(replace(order, adapter=replace(order.adapter, deltas=wrong)), progress)
+
+    open_gates = {"max_kl": 50.0, "min_top1": 0.01, "max_arrival_error": 0.3}
+    asked = replace(job, config=ExportConfig(quant="q4_0", verify=level, **open_gates))
+    export_adapter(asked, Silent())
+    monkeypatch.setitem(artifact._WRITERS, "gguf", write)
+    with pytest.raises(VerificationFailed, match=r"in 1 of 112 rewritten tensors .* is in blk\.7\.ffn_down\.weight"):
+        export_adapter(replace(asked, redo=True), Silent())
 
 
 def test_every_rewritten_tensor_is_checked_whole_ones_too(tmp_path: Path) -> None:
@@ -148,3 +177,80 @@ def test_base_keeps_every_untouched_tensor_bit_for_bit(tmp_path: Path) -> None:
 def test_an_unknown_level_is_suggested() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'quick'"):
         ExportConfig(verify="quik")
+
+
+def test_the_shared_base_of_an_adapter_gguf_is_looked_at(job: AdapterJob, tmp_path: Path) -> None:
+    asked = replace(job, out=tmp_path / "elsewhere" / "lora", config=ExportConfig(format="gguf-lora", quant="q8_0"))
+    export_adapter(asked, Silent())
+    artifact = read_artifact(asked.directory)
+    (shared,) = (tmp_path / "runs" / "_shared").glob("*/model.gguf")
+    assert artifact.files["model"].resolve() == shared.resolve()
+    other = replace(asked, out=tmp_path / "other", config=ExportConfig(format="gguf-lora", quant="q8_0", tensor_types={"attn_v": "f16"}))
+    export_adapter(other, Silent())
+    assert require_verified(asked.directory) and require_verified(other.directory)  # neither has replaced the other's base
+    shared.write_bytes(b"GGUF of nobody")
+    with pytest.raises(FileError, match="shared base"):
+        require_verified(asked.directory)
+    card = export_adapter(asked, Silent())
+    assert not card["stages"][0]["reused"] and require_verified(asked.directory)
+
+
+def test_an_adapter_gguf_is_stale_when_its_card_changes(job: AdapterJob) -> None:
+    asked = replace(job, config=ExportConfig(format="gguf-lora", quant="q8_0", verify="off"))
+    export_adapter(asked, Silent())
+    (job.adapter / "README.md").write_text("---\nlicense: mit\n---\n# Another card\n")
+    assert not export_adapter(asked, Silent())["stages"][0]["reused"]
+
+
+def test_an_artifact_never_replaces_its_adapter_or_that_of_another(job: AdapterJob, tmp_path: Path) -> None:
+    for out in (job.adapter, job.adapter.parent):
+        with pytest.raises(ConfigError, match="over the adapter"):
+            export_adapter(replace(job, out=out), Silent())
+    assert (job.adapter / "adapter_model.safetensors").exists()
+    off = _with(job, verify="off")
+    export_adapter(off, Silent())
+    namesake = make_adapter(tmp_path / "bob" / "adapter", job.base, seed=9)
+    with pytest.raises(ConfigError, match="another adapter of that name.*--out"):
+        export_adapter(replace(off, adapter=namesake), Silent())
+
+
+@pytest.mark.parametrize("stage", ["adapter", "history"])
+def test_what_is_no_artifact_is_not_verified(stage: str, tmp_path: Path) -> None:
+    made = Stage(tmp_path / stage, {}, {})
+    (made.begin() / "x").write_text("x")
+    made.finish({}, ["x"])
+    with pytest.raises(FileError, match="no finished artifact"):
+        require_verified(made.directory)
+
+
+def test_a_recipe_that_sets_every_bound_needs_no_measured_gate(llama_base: Path) -> None:
+    bounds = {"max_kl": 0.5, "min_top1": 0.5, "max_arrival_error": 0.5}
+    assert gate_of(ExportConfig(quant="q2_k", **bounds), GgufFile(llama_base)).kl == 0.5
+
+
+def test_small_norms_of_gemma_are_exact(tmp_path: Path) -> None:
+    """They are stored with 1 added: what float32 loses there is no error of the file."""
+    path = make_gguf(tmp_path / "base.gguf", "gemma3")
+    directory = make_adapter(tmp_path / "adapter", path, targets=("v_proj",), rank=2, alpha=2.0)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors["base_model.model.model.norm.weight"] = np.random.default_rng(0).normal(0, 0.01, 64).astype(np.float32)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    job = AdapterJob(directory, path, workspace=tmp_path / "runs", config=ExportConfig(quant="q8_0", verify="quick"))
+    assert export_adapter(job, Silent())["verification"]["passed"]
+
+
+def test_a_converted_base_keeps_its_name(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "model.gguf")
+    base = GgufFile(path)
+    adapter = read_adapter(make_adapter(tmp_path / "a", path, base_model_name_or_path="org/Other-1B"), base)
+    assert "trained on 'org/Other-1B', the base is 'Mine-135M'" in str(base_warning(adapter, base, "Mine-135M"))
+    assert base_warning(adapter, base, "Other-1B") is None
+
+
+@pytest.mark.gpu
+def test_the_reference_on_a_gpu_is_that_on_the_cpu(job: AdapterJob) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU with CUDA")
+    assert export_adapter(_with(job), Silent())["verification"]["passed"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cdcda_export.artifact import load_adapter
+from cdcda_export.adapter import read_adapter
 from cdcda_export.base import open_base
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
@@ -79,7 +79,7 @@ def test_after_quantization_every_model_knows_its_own_user_best(workspace: Path,
     models = {"base": base.path}
     for user in USERS:
         models[user] = tmp_path / f"{user}.gguf"
-        adapter = load_adapter(workspace / user / "adapter", base, Silent())
+        adapter = read_adapter(workspace / user / "adapter", base)
         merge_to_gguf(base, adapter, choose_types(base, quant), quant, models[user])
     table: dict[str, dict[str, float]] = {user: {} for user in USERS}
     for name, path in models.items():

@@ -15,9 +15,10 @@ from cdcda_export.architectures import heads_of, unpermute_rows
 from cdcda_export.artifact import Artifact, Order, gate_of, open_artifact, verify_artifact, write_artifact
 from cdcda_export.base import Base
 from cdcda_export.errors import ConfigError, ExportError, VerificationFailed
+from cdcda_export.gates import get_gate
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
-from cdcda_export.verify import Verification, get_gate, log_softmax, make_probe, neutral_texts, nll_of, paragraphs
+from cdcda_export.verify import Verification, log_softmax, make_probe, neutral_texts, nll_of, paragraphs
 from tiny import make_adapter, make_gguf
 
 CONFIG = ExportConfig(quant="q8_0")

@@ -259,20 +259,19 @@ def _refuse_shape(module: str, got: tuple[int, ...], expected: tuple[int, ...], 
     )
 
 
-def base_warning(adapter: Adapter, base: GgufFile) -> str | None:
-    """Return a warning if the adapter names another base model than this one (the shapes alone cannot tell)."""
+def base_warning(adapter: Adapter, base: GgufFile, name: str = "") -> str | None:
+    """Return a warning if the adapter names another base model than this one, called ``name`` (the shapes alone cannot tell)."""
     named = adapter.base_name
     if not named:
         return None
-    own = [str(base.get_value(key) or "") for key in ("general.name", "general.basename")] + [
-        base.path.stem,
-        base.path.parent.name,
-    ]
+    called = name or base.path.name
+    own = [str(base.get_value(key) or "") for key in ("general.name", "general.basename")]
+    own += [called.removesuffix(".gguf"), base.path.parent.name]
     repository = str(base.get_value("general.repo_url") or base.get_value("general.base_model.0.repo_url") or "")
     wanted = _words(Path(named).name.removesuffix(".gguf"))
     if any(wanted and wanted <= _words(name) for name in (*own, repository)):
         return None
-    return f"The adapter says it was trained on '{named}', the base is '{base.path.name}'; if they differ, the result will be gibberish."
+    return f"The adapter says it was trained on '{named}', the base is '{called}'; if they differ, the result will be gibberish."
 
 
 def _words(text: str) -> set[str]:

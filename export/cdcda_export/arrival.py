@@ -28,13 +28,17 @@ from cdcda_export.runtime import cpu_threads
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """One rewritten tensor: its GGUF name, kind of layer (``q_proj``), stored type, arrived share (None: no change), relative error."""
+    """One rewritten tensor: its GGUF name, kind of layer (``q_proj``), stored type, arrived share (None: no change), relative error.
+
+    ``noise`` is the spread that rounding errors of this size, were they independent of the change, would give the share.
+    """
 
     tensor: str
     kind: str
     type: str
     arrived: float | None
     error: float
+    noise: float = 0.0
 
 
 def by_kind(checks: Iterable[TensorCheck]) -> dict[str, float]:
@@ -65,9 +69,12 @@ def check_tensors(base: GgufFile, peft: PeftWeights, stored: Stored) -> list[Ten
         moved = after - before
         arrived = _share(moved, change)
         moved -= change
-        error = _norm(moved) / max(_norm(before + change), 1e-30)
+        wrong, size = _norm(moved), _norm(change)
+        # Gemma's norms are stored with 1 added, and rounded so.
+        weights = before + change + np.float32(architecture.norm_offset if name.endswith("norm.weight") else 0)
         base.release(name)
-        return TensorCheck(name, _kind(module), kind, arrived, error)
+        noise = wrong / (size * moved.size**0.5) if size else 0.0
+        return TensorCheck(name, _kind(module), kind, arrived, wrong / max(_norm(weights), 1e-30), noise)
 
     return _all(check, [*(f"{module}.weight" for module in peft.pairs), *peft.replaced])
 

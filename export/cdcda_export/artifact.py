@@ -15,10 +15,11 @@ from cdcda_export.base import Base
 from cdcda_export.cache import locked
 from cdcda_export.chat_template import ChatTemplate, template_of
 from cdcda_export.errors import ConfigError, ManifestError, VerificationFailed, did_you_mean
+from cdcda_export.gates import Gate, get_gate
 from cdcda_export.ggml import GgmlType
 from cdcda_export.gguf import GgufFile
 from cdcda_export.lora_gguf import write_lora_gguf
-from cdcda_export.manifest import Stage, sha256_file
+from cdcda_export.manifest import Stage, sha256_file, sha256_json
 from cdcda_export.merge import Importance, merge_to_gguf, quantized_base, untouched
 from cdcda_export.onnx_arrival import check_onnx
 from cdcda_export.progress import Progress
@@ -26,7 +27,7 @@ from cdcda_export.quantization import IGNORE_IMPORTANCE, QUANTS, choose_types, g
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.reference import merged_reference
 from cdcda_export.runtime import LlamaCpp
-from cdcda_export.verify import Gate, Probe, Runtime, Verification, get_gate, unverified, verify, verify_quick
+from cdcda_export.verify import Probe, Runtime, Verification, unverified, verify, verify_quick
 
 ONNX_QUANTS = ("int8", "int4")
 
@@ -54,7 +55,7 @@ class Artifact:
         """Return the card's part of it; ``directory`` is where the artifact will finally lie."""
         return {
             "file": str(directory / self.main.name),
-            "bytes": self.main.stat().st_size,
+            "bytes": sum(path.stat().st_size for path in self.files.values() if path.parent == self.main.parent),
             "format": self.format,
             "quant": self.quant,
             "tensor_types": self.tensor_types,
@@ -99,6 +100,8 @@ def types_of(config: ExportConfig, base: GgufFile) -> dict[str, GgmlType]:
 
 def gate_of(config: ExportConfig, base: GgufFile) -> Gate:
     """Return the gate: the recipe's bounds where it sets them, else the measured one."""
+    if config.max_kl and config.min_top1 and config.max_arrival_error:
+        return Gate(config.max_kl, config.min_top1, config.max_arrival_error)
     quant = quant_of_base(base).name if config.resolved_quant == "base" else config.resolved_quant
     measured = get_gate(f"{quant}+importance" if config.importance != "none" else quant)
     return Gate(config.max_kl or measured.kl, config.min_top1 or measured.top1, config.max_arrival_error or measured.arrival)
@@ -164,7 +167,9 @@ def _shared_base(order: Order, progress: Progress) -> Path:
     """Return the base in the quantization asked for, beside the users who share it; two of them do not make it twice."""
     quant = get_quant(order.config.resolved_quant)
     settings = {"quant": quant.name, "allow_fallback": order.config.allow_fallback, "tensor_types": order.config.settings()["tensor_types"]}
-    stage = Stage(order.shared / f"base-{quant.name}-{order.base.sha256[:12]}", settings, {"base": order.base.sha256})
+    # Two users who ask for other types of the same base must not replace each other's.
+    name = f"base-{quant.name}-{sha256_json({'base': order.base.sha256, **settings})[:12]}"
+    stage = Stage(order.shared / name, settings, {"base": order.base.sha256})
     with locked(order.shared, stage.name):
         try:
             manifest = stage.finished()
@@ -185,7 +190,8 @@ def _write_onnx(order: Order, progress: Progress) -> Artifact:
     quant, peft = order.config.resolved_quant, read_peft(order.adapter.path)
     result = export_onnx(order.base.file, order.base.sha256, peft, quant, order.directory, progress)
     main = result.files["model.onnx"]
-    return Artifact("onnx", quant, main, {"model": main}, sorted(result.files), result.tensor_types, None, result.hashes)
+    files = {"model": main} | {name: path for name, path in sorted(result.files.items()) if path != main}
+    return Artifact("onnx", quant, main, files, sorted(result.files), result.tensor_types, None, result.hashes)
 
 
 _WRITERS: dict[str, Callable[[Order, Progress], Artifact]] = {"gguf": _write_merged, "gguf-lora": _write_lora, "onnx": _write_onnx}
@@ -271,10 +277,10 @@ def make_artifact(
     return artifact, result, extra
 
 
-def load_adapter(path: Path, base: GgufFile, progress: Progress) -> Adapter:
+def load_adapter(path: Path, base: Base, progress: Progress) -> Adapter:
     """Read an adapter, and warn if it names another base."""
-    adapter = read_adapter(path, base)
-    warning = base_warning(adapter, base)
+    adapter = read_adapter(path, base.file)
+    warning = base_warning(adapter, base.file, base.name)
     if warning:
         progress.warn(warning)
     return adapter

@@ -52,10 +52,16 @@ class Base:
     Args:
         path: as for ``open_base``.
         progress: told about a conversion.
+
+    Attributes:
+        file: the opened GGUF.
+        name: what people call it: the file's name, the Hugging Face directory's, or the last part of the hub id.
     """
 
     def __init__(self, path: str | Path | None = None, progress: Progress | None = None) -> None:
         self.file = open_base(path, progress)
+        # A converted model lies in the cache under a name that says nothing.
+        self.name = Path(path).name if path and Path(path).resolve() != self.file.path.resolve() else self.file.path.name
         self._probes: dict[tuple[tuple[str, ...], int], list[Probe]] = {}
 
     @cached_property

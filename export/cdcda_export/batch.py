@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cdcda_export.card_values import duration, size
-from cdcda_export.errors import CdcdaError, ConfigError, DiskFull
+from cdcda_export.card_values import clean, duration, size
+from cdcda_export.errors import CdcdaError, ConfigError, DiskFull, is_disk_full
 from cdcda_export.progress import Progress, Silent
 
 
@@ -23,6 +23,7 @@ class Outcome:
     level: str = ""
     reused: bool = False
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def run_batch(names: Sequence[str], export: Callable[[str, Progress], dict[str, Any]], progress: Progress, unit: str) -> list[Outcome]:
@@ -46,12 +47,11 @@ def run_batch(names: Sequence[str], export: Callable[[str, Progress], dict[str, 
         began = time.monotonic()
         try:
             card = export(name, Silent())
-        except DiskFull as error:
+        except (CdcdaError, OSError) as error:
             outcomes.append(Outcome(name, time.monotonic() - began, error=str(error)))
-            outcomes += [Outcome(later, error="not tried: the disk was full") for later in names[at + 1 :]]
-            break
-        except CdcdaError as error:
-            outcomes.append(Outcome(name, time.monotonic() - began, error=str(error)))
+            if isinstance(error, DiskFull) or (isinstance(error, OSError) and is_disk_full(error)):
+                outcomes += [Outcome(later, error="not tried: the disk was full") for later in names[at + 1 :]]
+                break
         else:
             outcomes.append(_success(name, time.monotonic() - began, card))
         failed = sum(bool(outcome.error) for outcome in outcomes)
@@ -62,17 +62,19 @@ def run_batch(names: Sequence[str], export: Callable[[str, Progress], dict[str, 
 
 def _success(name: str, seconds: float, card: dict[str, Any]) -> Outcome:
     artifact, reused = card["artifact"], all(stage["reused"] for stage in card["stages"])
-    return Outcome(name, seconds, artifact["file"], artifact["bytes"], card["verification"]["level"], reused)
+    level, warnings = card["verification"]["level"], tuple(card.get("warnings", ()))
+    return Outcome(name, seconds, artifact["file"], artifact["bytes"], level, reused, warnings=warnings)
 
 
 def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """Return one line for every export, the failed ones last, and one for all of them."""
     good, bad = [o for o in outcomes if not o.error], [o for o in outcomes if o.error]
     width = max((len(outcome.name) for outcome in outcomes), default=0)
-    lines = [
-        f"ok      {o.name:<{width}}  {'reused' if o.reused else duration(o.seconds):>7}  {size(o.bytes):>9}  {_LEVELS[o.level]}  {o.file}"
-        for o in good
-    ]
+    lines = []
+    for o in good:
+        took = "reused" if o.reused else duration(o.seconds)
+        lines.append(f"ok      {o.name:<{width}}  {took:>7}  {size(o.bytes):>9}  {_LEVELS[o.level]}  {o.file}")
+        lines += [f"        {'':<{width}}  warning: {clean(text)}" for text in o.warnings]
     lines += [f"FAILED  {o.name:<{width}}  {o.error}" for o in bad]
     reused, seconds = sum(o.reused for o in good), sum(o.seconds for o in outcomes)
     lines.append(f"{len(good)} exported ({reused} of them reused), {len(bad)} failed, {duration(seconds)}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdcda_export.cache import sha256_of
 from cdcda_export.errors import FileError, VerificationFailed
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import outputs_intact, read_manifest, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from cdcda_export.artifact import Artifact
+    from cdcda_export.base import Base
 
 BUNDLE, LICENCES = "bundle.json", "LICENCES.txt"
 SCHEMA = 1
@@ -25,62 +30,80 @@ def kv_bytes_per_token(base: GgufFile) -> int:
 
 def write_bundle(
     directory: Path,
-    base: GgufFile,
-    base_sha256: str,
-    files: dict[str, Path],
-    artifact: dict[str, Any],
+    base: Base,
+    artifact: Artifact,
+    described: dict[str, Any],
     verification: dict[str, Any],
     presets: Sequence[dict[str, str]],
-    hashes: Mapping[str, str],
 ) -> list[str]:
     """Write ``bundle.json`` and the licences beside an artifact.
 
     Args:
-        directory: the artifact's directory.
+        directory: the artifact's directory; a file elsewhere (the base of ``gguf-lora``) is named by its way from here.
         base: the base model.
-        base_sha256: its hash.
-        files: role (``model``, ``adapter``) -> file; paths inside ``directory`` are written relative, others by name only.
-        artifact: format, quant, tensor types.
+        artifact: what was written.
+        described: the artifact's part of the card.
         verification: the gates and what was measured.
         presets: name and instruction of the tasks that the app offers.
-        hashes: SHA-256 of files, by name, that are known already.
 
     Returns:
         The names written.
     """
-    entries = {
-        role: {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashes.get(path.name) if path.parent == directory and path.name in hashes else sha256_of(path),
-            "beside": path.parent == directory,
-        }
-        for role, path in files.items()
-    }
-    context = min(int(base.hparam("context_length")), 2048)
-    weights = sum(path.stat().st_size for path in files.values())
+    file = base.file
+    context = min(int(file.hparam("context_length")), 2048)
+    weights = sum(path.stat().st_size for path in artifact.files.values())
     bundle = {
         "schema": SCHEMA,
-        "format": artifact["format"],
-        "quant": artifact["quant"],
-        "tensor_types": artifact["tensor_types"],
-        "files": entries,
+        "format": artifact.format,
+        "quant": artifact.quant,
+        "tensor_types": described["tensor_types"],
+        "files": {role: _entry(directory, path, artifact.hashes) for role, path in artifact.files.items()},
         "base": {
-            "name": str(base.get_value("general.name") or base.path.stem),
-            "file": base.path.name,
-            "sha256": base_sha256,
-            "architecture": base.architecture,
-            "license": str(base.get_value("general.license") or "unknown"),
+            "name": str(file.get_value("general.name") or Path(base.name).stem),
+            "file": base.name,
+            "sha256": base.sha256,
+            "architecture": file.architecture,
+            "license": str(file.get_value("general.license") or "unknown"),
         },
         "context_length": context,
-        "memory_bytes": weights + context * kv_bytes_per_token(base),
+        "memory_bytes": weights + context * kv_bytes_per_token(file),
         "presets": list(presets),
         "verification": verification,
         "licences": LICENCES,
     }
     write_json(directory / BUNDLE, bundle)
-    write_atomic(directory / LICENCES, _licences(base))
+    write_atomic(directory / LICENCES, _licences(file))
     return [BUNDLE, LICENCES]
+
+
+def _entry(directory: Path, path: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    beside = path.parent == directory
+    return {
+        "file": path.name,
+        "path": path.name if beside else os.path.relpath(path, directory),
+        "bytes": path.stat().st_size,
+        "sha256": hashes[path.name] if beside and path.name in hashes else sha256_of(path),
+        "beside": beside,
+    }
+
+
+def read_bundle(directory: Path) -> dict[str, Any]:
+    """Return the ``bundle.json`` of a finished artifact whose every file is what it was, those elsewhere included.
+
+    Raises:
+        FileError: there is no finished artifact, or something of it was changed or is gone.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None or BUNDLE not in manifest.outputs:
+        raise FileError(f"{directory} holds no finished artifact; run cdcda-export first.")
+    if not outputs_intact(directory, manifest):
+        raise FileError(f"{directory} was changed since it was exported; run cdcda-export again.")
+    bundle: dict[str, Any] = json.loads((directory / BUNDLE).read_text(encoding="utf-8"))
+    for entry in bundle["files"].values():
+        path = directory / entry["path"]
+        if not entry["beside"] and (not path.is_file() or sha256_of(path) != entry["sha256"]):
+            raise FileError(f"The shared base of {directory} is gone or was changed; run cdcda-export again.")
+    return bundle
 
 
 def require_verified(directory: Path) -> dict[str, Any]:
@@ -90,10 +113,7 @@ def require_verified(directory: Path) -> dict[str, Any]:
         FileError: there is no finished artifact, or it was changed.
         VerificationFailed: it was checked quickly or not at all.
     """
-    manifest = read_manifest(directory)
-    if manifest is None or not outputs_intact(directory, manifest):
-        raise FileError(f"{directory} is unfinished or was changed since it was exported; run cdcda-export again.")
-    bundle: dict[str, Any] = json.loads((directory / BUNDLE).read_text(encoding="utf-8"))
+    bundle = read_bundle(directory)
     verification = bundle["verification"]
     if verification["level"] != "full" or verification["passed"] is not True:
         raise VerificationFailed(

@@ -13,14 +13,14 @@ from typing import Any
 from cdcda_export.adapter import CONFIG, WEIGHTS, Adapter
 from cdcda_export.artifact import Artifact, Order, check_combination, gate_of, load_adapter, make_artifact
 from cdcda_export.base import NEUTRAL_PROMPT, Base
-from cdcda_export.bundle import write_bundle
+from cdcda_export.bundle import read_bundle, write_bundle
 from cdcda_export.cache import locked
 from cdcda_export.errors import AdapterError, ConfigError, FileError
 from cdcda_export.gguf import GgufFile
-from cdcda_export.manifest import Stage, read_manifest, sha256_file, sha256_json, versions, write_json
+from cdcda_export.manifest import Manifest, Stage, read_manifest, sha256_file, sha256_json, versions, write_json
 from cdcda_export.merge import Importance
 from cdcda_export.progress import Progress
-from cdcda_export.recipe import ExportConfig
+from cdcda_export.recipe import VERIFICATIONS, ExportConfig
 from cdcda_export.report import write_report
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.verify import Probe, Runtime, Verification, neutral_texts, paragraphs
@@ -58,20 +58,45 @@ class AdapterJob:
         return self.out or self.workspace / "_adapters" / self.adapter.resolve().name / self.config.directory
 
 
-def adapter_hashes(directory: Path) -> dict[str, str]:
-    """Return the hashes of an adapter's two files.
+def adapter_inputs(directory: Path, kind: str) -> dict[str, str]:
+    """Return the hashes of all that an artifact of a format takes from an adapter's directory.
 
     Raises:
-        AdapterError: the directory or one of them does not exist.
+        AdapterError: the directory does not exist.
     """
     if not directory.is_dir():
         raise AdapterError(f"There is no adapter directory {directory}.")
-    return {f"adapter/{name}": sha256_file(directory / name) for name in (CONFIG, WEIGHTS) if (directory / name).exists()}
+    names = [CONFIG, WEIGHTS]
+    found = {}
+    if kind == "gguf-lora":  # which describes itself as the adapter's card and folder do
+        names.append("README.md")
+        found["adapter/name"] = directory.resolve().name
+    return found | {f"adapter/{name}": sha256_file(directory / name) for name in names if (directory / name).is_file()}
 
 
 def gate_hash(config: ExportConfig, base: GgufFile) -> str:
     """Return what identifies the gate: a tighter one makes a finished artifact stale."""
-    return "off" if config.verify == "off" else sha256_json(asdict(gate_of(config, base)))
+    return sha256_json(asdict(gate_of(config, base)))
+
+
+def reusable(stage: Stage, level: str) -> Manifest | None:
+    """Return the manifest of a finished artifact that was checked at this level or a stricter one, and whose every file is there."""
+    manifest = stage.finished()
+    if manifest is None or VERIFICATIONS.index(manifest.metrics["verify"]) > VERIFICATIONS.index(level):
+        return None
+    try:
+        read_bundle(stage.directory)
+    except FileError:
+        return None  # its shared base is gone
+    return manifest
+
+
+def why_not_reusable(stage: Stage, level: str) -> str:
+    """Return why an artifact has to be built, in a few words, or '' when it is there and was checked enough."""
+    why = stage.why()
+    if why or reusable(stage, level) is not None:
+        return why
+    return f"was not checked at level {level}, or its shared base is gone"
 
 
 def _texts(path: Path | None) -> list[str]:
@@ -88,6 +113,8 @@ def _texts(path: Path | None) -> list[str]:
 
 def _calibration_texts(job: AdapterJob) -> list[str]:
     if job.config.importance == "none":
+        if job.calibration is not None:
+            raise ConfigError("--calibration is read with --importance user only; add that, or leave it out.")
         return []
     if job.calibration is None:
         raise ConfigError("--importance user needs the user's own training text: name a file of paragraphs with --calibration.")
@@ -99,14 +126,19 @@ def _calibration_texts(job: AdapterJob) -> list[str]:
 
 def stage_of(job: AdapterJob, base: Base) -> Stage:
     """Return the stage of an adapter export."""
+    check_combination(job.config, base.file)
+    calibration = _calibration_texts(job)
+    place, adapter = job.directory.resolve(), job.adapter.resolve()
+    if place == adapter or place in adapter.parents:
+        raise ConfigError(f"The artifact would be written over the adapter in {job.adapter}; name another --out.")
     inputs = {
         "base": base.sha256,
         "gate": gate_hash(job.config, base.file),
         "text": sha256_json(_texts(job.text)),
-        **adapter_hashes(job.adapter),
+        **adapter_inputs(job.adapter, job.config.format),
     }
-    if job.config.importance != "none":
-        inputs["calibration"] = sha256_json(_calibration_texts(job))
+    if calibration:
+        inputs["calibration"] = sha256_json(calibration)
     return Stage(job.directory, job.config.settings(), inputs, job.redo)
 
 
@@ -125,10 +157,10 @@ def export_adapter(job: AdapterJob, progress: Progress, base: Base | None = None
         VerificationFailed: the artifact is outside its gate.
     """
     base = base or Base(job.base, progress)
-    check_combination(job.config, base.file)
     stage = stage_of(job, base)
     with locked(job.directory.parent, job.directory.name):
-        manifest = stage.finished()
+        _forbid_replacing_another(job)
+        manifest = reusable(stage, job.config.verify)
         if manifest is not None:
             return dict(manifest.metrics["card"]) | {"stages": [{"name": stage.name, "seconds": 0.0, "reused": True}]}
         began = time.monotonic()
@@ -137,12 +169,24 @@ def export_adapter(job: AdapterJob, progress: Progress, base: Base | None = None
         card["stages"] = [{"name": stage.name, "seconds": time.monotonic() - began, "reused": False}]
         write_json(partial / "card.json", card)
         write_report(card, partial / "report.html")
-        stage.finish({"card": card}, [*outputs, "card.json", "report.html"], hashes=hashes)
+        metrics = {"card": card, "verify": job.config.verify, "adapter": _identity(job)}
+        stage.finish(metrics, [*outputs, "card.json", "report.html"], hashes=hashes)
         return card
 
 
+def _identity(job: AdapterJob) -> str:
+    """Return whose artifact it is: a hash of the adapter's place, so that retraining there replaces it and another adapter does not."""
+    return sha256_json(str(job.adapter.resolve()))
+
+
+def _forbid_replacing_another(job: AdapterJob) -> None:
+    manifest = read_manifest(job.directory)
+    if manifest is not None and manifest.metrics.get("adapter", _identity(job)) != _identity(job):
+        raise ConfigError(f"{job.directory} holds the artifact of another adapter of that name; give {job.adapter} its own --out.")
+
+
 def _build(job: AdapterJob, base: Base, partial: Path, progress: Progress) -> tuple[dict[str, Any], list[str], dict[str, str]]:
-    adapter = load_adapter(job.adapter, base.file, progress)
+    adapter = load_adapter(job.adapter, base, progress)
     importance = _importance(job, base, adapter, progress)
     order = Order(base, adapter, job.config, partial, job.workspace / "_shared", importance)
 
@@ -154,11 +198,11 @@ def _build(job: AdapterJob, base: Base, partial: Path, progress: Progress) -> tu
 
     artifact, verification, samples = make_artifact(order, probes, progress, evaluate)
     described = artifact.as_card(job.directory)
-    bundled = write_bundle(partial, base.file, base.sha256, artifact.files, described, verification.as_card(), [], artifact.hashes)
+    bundled = write_bundle(partial, base, artifact, described, verification.as_card(), [])
     card = {
         "user": None,
         "adapter": str(job.adapter),
-        "base": {"name": base.file.path.name, "sha256": base.sha256},
+        "base": {"name": base.name, "sha256": base.sha256},
         "artifact": described,
         "verification": verification.as_card(),
         "personal_gain": None,
@@ -207,15 +251,3 @@ def next_commands(directory: Path, artifact: Artifact) -> list[list[str]]:
     if artifact.format == "gguf-lora":
         commands.append(["Run it in llama.cpp", f"llama-cli -m {shlex.quote(str(artifact.files['model']))} --lora {main}"])
     return commands
-
-
-def read_card(directory: Path) -> dict[str, Any]:
-    """Return the card of a finished artifact directory.
-
-    Raises:
-        FileError: there is no finished artifact in it.
-    """
-    manifest = read_manifest(directory)
-    if manifest is None or "card" not in manifest.metrics:
-        raise FileError(f"{directory} holds no finished artifact; run cdcda-export first.")
-    return dict(manifest.metrics["card"])

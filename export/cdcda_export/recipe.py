@@ -74,8 +74,13 @@ class ExportConfig:
         return self.quant or FORMATS[self.format]
 
     def settings(self) -> dict[str, Any]:
-        """Return every field for a stage's fingerprint; the order of ``tensor_types`` counts, for the first match decides."""
-        return dataclasses.asdict(self) | {"tensor_types": [list(item) for item in self.tensor_types.items()]}
+        """Return what decides an artifact's bytes, for a stage's fingerprint.
+
+        The order of ``tensor_types`` counts, for the first match decides. How much is checked afterwards changes no byte.
+        """
+        found = dataclasses.asdict(self) | {"tensor_types": [list(item) for item in self.tensor_types.items()]}
+        del found["verify"]
+        return found
 
     @property
     def directory(self) -> str:

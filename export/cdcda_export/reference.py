@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def lora_of(peft: PeftWeights) -> dict[str, Lora]:
+def lora_of(peft: PeftWeights, device: Any = "cpu") -> dict[str, Lora]:
     """Return an adapter's layers for the decoder.
 
     Raises:
@@ -42,8 +42,11 @@ def lora_of(peft: PeftWeights) -> dict[str, Lora]:
 
     from cdcda_export.decoder import Lora
 
+    def tensor(weights: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(weights.copy()).to(device)
+
     return {
-        module: Lora(torch.from_numpy(pair["lora_A"].copy()), torch.from_numpy(pair["lora_B"].copy()), peft.scale(module))
+        module: Lora(tensor(pair["lora_A"]), tensor(pair["lora_B"]), peft.scale(module))
         for module, pair in peft.pairs.items()
         if "lora_A" in pair
     }
@@ -55,10 +58,11 @@ def apply_whole_tensors(decoder: Decoder, peft: PeftWeights) -> None:
 
     tied = decoder.weights["lm_head.weight"] is decoder.weights["model.embed_tokens.weight"]
     for name, weights in peft.replaced.items():
-        decoder.weights[name] = torch.from_numpy(weights.copy())
+        decoder.weights[name] = torch.from_numpy(weights.copy()).to(decoder.device)
     for module, pair in peft.pairs.items():
         if "lora_embedding_A" in pair:
-            decoder.weights[f"{module}.weight"] = decoder.weights[f"{module}.weight"] + torch.from_numpy(peft.change(module))
+            change = torch.from_numpy(peft.change(module)).to(decoder.device)
+            decoder.weights[f"{module}.weight"] = decoder.weights[f"{module}.weight"] + change
     if tied:
         decoder.weights["lm_head.weight"] = decoder.weights["model.embed_tokens.weight"]
 
@@ -70,7 +74,7 @@ def personalised(base: Base, adapter: Adapter) -> tuple[Decoder, dict[str, Lora]
     model.weights = dict(model.weights)
     peft = read_peft(adapter.path)
     apply_whole_tensors(model, peft)
-    return model, lora_of(peft)
+    return model, lora_of(peft, model.device)
 
 
 @contextmanager
