@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from cdcda_export.adapter import read_adapter, read_peft
 from cdcda_export.arrival import by_kind
-from cdcda_export.artifact import _CHECKS, Order, open_artifact, write_artifact
+from cdcda_export.artifact import CHECKS, Order, open_artifact, write_artifact
 from cdcda_export.base import Base
 from cdcda_export.gates import Gate
 from cdcda_export.ggml import TYPES, dequantize, quantize
@@ -29,7 +30,7 @@ from cdcda_export.progress import Silent
 from cdcda_export.quantization import QUANTS
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.reference import merged_reference
-from cdcda_export.verify import verify
+from cdcda_export.verify import Probe, verify
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import records_in
 from laboratory import RESULTS, print_table, write_results
@@ -48,6 +49,7 @@ _FLOOR = {"kl": 0.002, "top1": 0.02, "arrival": 0.02}
 _MOST_ARRIVAL, _LEAST_TOP1 = 0.85, 0.1
 # Tensor types whose rows the default base does not have are measured on its weights in rows of this length.
 _LONG_ROWS = 256
+_CONTEXT = 512
 
 Cell = tuple[str, str, str]
 """Format, quantization, importance."""
@@ -61,39 +63,56 @@ def cells(quick: bool) -> list[Cell]:
     return [*gguf, ("gguf-lora", "q4_0", "none"), *(("onnx", quant, "none") for quant in ONNX)]
 
 
-def measure(user: Path, cell: Cell, base: Base) -> dict[str, Any]:
+class Person:
+    """One user's adapter with what every quantization of it is compared with: made once, in float32."""
+
+    def __init__(self, directory: Path, base: Base) -> None:
+        self.name, self.base = directory.name, base
+        self.adapter = read_adapter(directory / "adapter", base.file)
+        encoding = encoding_of(base.file)
+        self.probes = encoding.probes(records_in(directory / "history" / "test.jsonl"), _CONTEXT)
+        self._training = encoding.probes(records_in(directory / "history" / "train.jsonl"), _CONTEXT)
+        check_disjoint(self._training, self.probes)
+        with merged_reference(base, self.adapter, _CONTEXT) as (reference, self.reference_name):
+            self._logits = {probe: reference(probe) for probe in self.probes}
+
+    def reference(self, probe: Probe) -> np.ndarray:
+        """Return the merged float32 model's logits at a probe's answer positions."""
+        return self._logits[probe]
+
+    @cached_property
+    def importance(self) -> dict[str, np.ndarray]:
+        """What the quantizer weighs its rounding with: from training records only."""
+        return importance_of(self.base, self.adapter, self._training, Silent())
+
+
+def measure(person: Person, cell: Cell) -> dict[str, Any]:
     """Return what one artifact of one user is: metrics and hashes, no text."""
     kind, quant, weighed = cell
     config = ExportConfig(format=kind, quant=quant, allow_fallback=True, importance=weighed)
-    adapter = read_adapter(user / "adapter", base.file)
-    encoding = encoding_of(base.file)
-    probes = encoding.probes(records_in(user / "history" / "test.jsonl"), config.max_tokens)
-    importance = None
-    if weighed == "user":
-        training = encoding.probes(records_in(user / "history" / "train.jsonl"), config.max_tokens)
-        check_disjoint(training, probes)
-        importance = importance_of(base, adapter, training, Silent())
+    importance = person.importance if weighed == "user" else None
+    base, adapter = person.base, person.adapter
     with tempfile.TemporaryDirectory() as folder:
         made = write_artifact(Order(base, adapter, config, Path(folder), Path(folder) / "_shared", importance), Silent())
-        checks = _CHECKS[kind](base.file, made, read_peft(adapter.path))
-        with (
-            open_artifact(made, config.max_tokens) as (runtime, template),
-            merged_reference(base, adapter, config.max_tokens) as (reference, name),
-        ):
-            result = verify(runtime, template, probes, reference, name, Gate(1e9, 0.0, 1e9), Silent())
-        size = made.main.stat().st_size
+        checks = CHECKS[kind](base.file, made, read_peft(adapter.path))
+        with open_artifact(made, _CONTEXT) as (runtime, template):
+            gate = Gate(1e9, 0.0, 1e9)
+            result = verify(runtime, template, person.probes, person.reference, person.reference_name, gate, Silent())
+        size = made.as_card(Path(folder))["bytes"]
     errors: dict[str, float] = {}
     for check in checks:
         if kind != "gguf-lora":  # there the error is relative to the change, and nothing is rounded
             errors[check.type] = max(errors.get(check.type, 0.0), check.error)
     return {
-        "user": user.name,
+        "user": person.name,
         "format": kind,
         "quant": quant,
         "importance": weighed,
         "kl": result.kl_mean,
         "top1": result.top1,
         "arrived": by_kind(checks),
+        "least_arrived_tensor": min((c.arrived for c in checks if c.arrived is not None), default=None),
+        "most_arrived_tensor": max((c.arrived for c in checks if c.arrived is not None), default=None),
         "errors": errors,
         "nll": result.nll,
         "nll_reference": result.nll_reference,
@@ -152,10 +171,11 @@ def users_in(workspaces: Sequence[Path]) -> list[Path]:
 def measure_all(users: Sequence[Path], wanted: Sequence[Cell], base: Base) -> list[dict[str, Any]]:
     """Measure every user in every cell, and say each as it comes."""
     rows = []
+    people = [Person(user, base) for user in users]
     for cell in wanted:
-        for user in users:
-            rows.append(measure(user, cell, base))
-            print(f"{' '.join(cell)} {user.name}: KL {rows[-1]['kl']:.4f} top-1 {rows[-1]['top1']:.3f}", flush=True)
+        for person in people:
+            rows.append(measure(person, cell))
+            print(f"{' '.join(cell)} {person.name}: KL {rows[-1]['kl']:.4f} top-1 {rows[-1]['top1']:.3f}", flush=True)
     return rows
 
 

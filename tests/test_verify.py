@@ -74,7 +74,7 @@ def test_ruined_adapters_fail(case: tuple[Base, Adapter], tmp_path: Path, mutati
 
 def test_the_runtime_alone_sees_them_too(case: tuple[Base, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The KL gate does not lean on the arrival check."""
-    monkeypatch.setitem(artifact_module._CHECKS, "gguf", lambda *_: [])
+    monkeypatch.setitem(artifact_module.CHECKS, "gguf", lambda *_: [])
     base, adapter = case
     for name, wrong in (("none", _scaled(adapter, 0.0)), ("double", _scaled(adapter, 2.0)), ("rows", _unpermuted(adapter, base))):
         with pytest.raises(VerificationFailed, match="KL divergence"):

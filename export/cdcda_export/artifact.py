@@ -212,7 +212,7 @@ def open_artifact(artifact: Artifact, n_ctx: int) -> Iterator[tuple[Runtime, Cha
 
 
 # Every rewritten tensor read back from the file and compared with what base and adapter say it should be.
-_CHECKS: dict[str, Callable[[GgufFile, Artifact, PeftWeights], list[TensorCheck]]] = {
+CHECKS: dict[str, Callable[[GgufFile, Artifact, PeftWeights], list[TensorCheck]]] = {
     "gguf": lambda base, artifact, peft: check_merged(base, GgufFile(artifact.main), peft),
     "gguf-lora": lambda base, artifact, peft: check_lora(base, artifact.main, peft),
     "onnx": lambda base, artifact, peft: check_onnx(base, artifact.main, peft),
@@ -235,7 +235,7 @@ def verify_artifact(
         VerificationFailed: it is outside its gate.
     """
     progress.start("reading the rewritten tensors back")
-    checks, gate = _CHECKS[artifact.format](base.file, artifact, read_peft(adapter.path)), gate_of(config, base.file)
+    checks, gate = CHECKS[artifact.format](base.file, artifact, read_peft(adapter.path)), gate_of(config, base.file)
     progress.done(f"{len(checks)} tensors")
     if config.verify == "quick":
         result = verify_quick(runtime, template, probes, gate, progress, checks)
