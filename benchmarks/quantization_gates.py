@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,15 +152,23 @@ def error_bounds(rows: list[dict[str, Any]], base: Base) -> dict[str, float]:
             worst[kind] = max(worst.get(kind, 0.0), error)
     storable = [kind for kind in TYPES.values() if kind.name[0] in "QB" or kind.name in ("F32", "F16", "IQ4_NL", "IQ4_XS")]
     rng = np.random.default_rng(0)
-    for name in ("blk.0.attn_k.weight", "blk.0.attn_output.weight", "blk.14.ffn_down.weight", "blk.29.ffn_up.weight"):
-        tensor = base.file[name]
-        weights = dequantize(tensor.data, tensor.type, tensor.shape).reshape(-1, _LONG_ROWS)
+    for weights in _matrices(base, rng):
         for kind in storable:
             for weight_of in (None, np.exp(rng.normal(0, 1.5, _LONG_ROWS)).astype(np.float32)):
                 stored = dequantize(quantize(weights, kind, weight_of), kind, weights.shape)
                 error = float(np.linalg.norm(stored - weights) / np.linalg.norm(weights))
                 worst[kind.name] = max(worst.get(kind.name, 0.0), error)
     return {kind: round(max(1e-6, MARGIN * error), 6) for kind, error in sorted(worst.items())}
+
+
+def _matrices(base: Base, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield float32 matrices in rows of 256: real ones, moved off the grid that the default base lies on, and heavy-tailed ones."""
+    for name in ("blk.0.attn_k.weight", "blk.0.attn_output.weight", "blk.14.ffn_down.weight", "blk.29.ffn_up.weight"):
+        tensor = base.file[name]
+        weights = dequantize(tensor.data, tensor.type, tensor.shape).reshape(-1, _LONG_ROWS)
+        yield weights + rng.normal(0, 0.3 * weights.std(), weights.shape).astype(np.float32)
+    yield rng.standard_normal((1024, _LONG_ROWS), dtype=np.float32)
+    yield rng.standard_t(5, (1024, _LONG_ROWS)).astype(np.float32)
 
 
 def users_in(workspaces: Sequence[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from cdcda_export.errors import WorkspaceError
-from cdcda_export.manifest import write_atomic, write_json
+from cdcda_export.manifest import make_private, write_atomic, write_json
 
 BINDING = "workspace.json"
 _SAFE = "-._~@+ "
@@ -56,28 +56,35 @@ class Workspace:
         return directory
 
     def users(self) -> list[str]:
-        """Return the users who have a run here."""
-        if not self.root.is_dir():
+        """Return the users who have a run here: folders whose names are those of users, and no links."""
+        if not os.path.isdir(self.root):
             return []
-        names = (p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-        return sorted(unquote(name) for name in names)
+        return sorted(unquote(path.name) for path in self.root.iterdir() if _names_a_user(path))
 
-    def bind(self, source: str, base_sha256: str, base_name: str) -> None:
+    def bind(self, source: str | None, base_sha256: str, base_name: str) -> None:
         """Bind this workspace to its source and base, or check that it is bound to these.
 
+        Args:
+            source: where the histories come from; None if none is read, and what the workspace is bound to stays.
+            base_sha256: the hash of the base model.
+            base_name: what the base model is called.
+
         Raises:
-            WorkspaceError: it belongs to another source or base.
+            WorkspaceError: it belongs to another source or base, or cannot be read or made.
         """
         path = self.root / BINDING
         wanted = {"source": source, "base": base_name, "base_sha256": base_sha256}
-        if not path.exists():
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(path, wanted)
-            return
         try:
+            make_private(self.root)
             bound = json.loads(path.read_text(encoding="utf-8"))
-            differing = next((key for key in ("source", "base_sha256") if bound[key] != wanted[key]), None)
-        except (ValueError, KeyError, TypeError) as error:
+            differing = next((key for key in ("source", "base_sha256") if wanted[key] not in (None, bound[key])), None)
+        except FileNotFoundError:
+            if source is not None:
+                write_json(path, wanted)
+            return
+        except OSError as error:
+            raise WorkspaceError(f"{path} cannot be read or made ({error.strerror or error}); name another --workspace.") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise WorkspaceError(f"{path} is damaged; move {self.root} away or name another --workspace.") from error
         if differing:
             key = "source" if differing == "source" else "base"
@@ -91,13 +98,16 @@ class Workspace:
         """Hold one user's directory for this process, and give it.
 
         Raises:
-            WorkspaceError: another process holds it.
+            WorkspaceError: another process holds it, or it cannot be made.
         """
         import fcntl
 
         directory = self.user_directory(user)
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            make_private(directory)
+            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise WorkspaceError(f"{directory} cannot be worked in ({error.strerror or error}); name another --workspace.") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -126,6 +136,14 @@ class Workspace:
             removed = sorted(path for path in directory.rglob("*") if path.is_file())
             shutil.rmtree(directory)
         return removed
+
+
+def _names_a_user(path: Path) -> bool:
+    """Say whether a directory may be a user's: nothing else that lies in a workspace is run or removed as one."""
+    try:
+        return path.is_dir() and not path.is_symlink() and folder_name(unquote(path.name)) == path.name
+    except WorkspaceError:
+        return False
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cdcda_export.cache import cache_folder, cached, sha256_of
+from cdcda_export.cache import cache_folder, cached, locked, sha256_of
 from cdcda_export.errors import FileError
 from cdcda_export.manifest import sha256_file
 
+LARGE = 1 << 20
 INPUTS = {"base": "a hash", "types": ["Q4_0"]}
 
 
@@ -37,7 +39,7 @@ def test_an_entry_is_built_once_and_other_inputs_are_another_entry(tmp_path: Pat
     assert other.directory != first.directory
 
 
-@pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "facts cut"])
+@pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "changed", "facts cut"])
 def test_a_damaged_entry_is_built_anew(harm: str, tmp_path: Path) -> None:
     calls: list[str] = []
     entry = cached("bases", INPUTS, _writer("whole", calls), tmp_path)
@@ -48,6 +50,10 @@ def test_a_damaged_entry_is_built_anew(harm: str, tmp_path: Path) -> None:
         model.write_text("")
     elif harm == "removed":
         model.unlink()
+    elif harm == "changed":
+        seen = model.stat()
+        model.write_text("whole"[::-1])
+        os.utime(model, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     else:
         facts = entry.directory / "facts.json"
         facts.write_text(facts.read_text()[:20])
@@ -95,8 +101,23 @@ def test_two_who_want_the_same_entry_build_it_once(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_has_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match="CDCDA_CACHE"):
+    with pytest.raises(FileError, match=r"Cannot write .*file/bases .*CDCDA_CACHE"):
         cached("bases", INPUTS, _writer("x", []), tmp_path / "file")
+    with pytest.raises(FileError, match=r"Cannot write .*file .*; name another folder\.") as raised, locked(tmp_path / "file", "out"):
+        pass
+    assert "CDCDA_CACHE" not in str(raised.value)
+
+
+def test_hashing_needs_no_cache_folder_and_leaves_none_of_others_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(LARGE))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CDCDA_CACHE", str(tmp_path / "file"))
+    assert sha256_of(large) == sha256_file(large)
+    monkeypatch.setenv("CDCDA_CACHE", str(tmp_path / "a" / "b"))
+    assert sha256_of(large) == sha256_file(large)
+    for folder in ("a", "a/b", "a/b/hashes"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,18 +128,36 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert cache_folder() == tmp_path / "cdcda"
 
 
-def test_a_hash_is_remembered_and_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_hash_is_remembered_and_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDCDA_CACHE", str(tmp_path / "own"))
     path = tmp_path / "base.gguf"
-    path.write_bytes(b"one")
+    path.write_bytes(b"1" * LARGE)
     first = sha256_of(path)
     assert first == sha256_file(path)
-    # The same size and time stamp: only a hash that was remembered can still be the first one.
-    stat = path.stat()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert sha256_of(path) == first
-    path.write_bytes(b"six")
+    # Only what was remembered can give another hash than the file's.
+    (memo,) = (tmp_path / "own" / "hashes").iterdir()
+    memo.write_text(memo.read_text().replace(first, "remembered"))
+    assert sha256_of(path) == "remembered"
+    # The same size and time stamp do not hide a change.
+    seen = path.stat()
+    path.write_bytes(b"2" * LARGE)
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     assert sha256_of(path) == sha256_file(path) != first
     with pytest.raises(FileError):
         sha256_of(tmp_path / "missing")
+    with pytest.raises(FileError):
+        sha256_of(tmp_path / ("x" * 5000))
+
+
+def test_what_is_built_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of some size is not read again to be trusted: its hash was taken when it was made."""
+    monkeypatch.setenv("CDCDA_CACHE", str(tmp_path))
+
+    def build(folder: Path) -> dict[str, str]:
+        (folder / "model.bin").write_bytes(bytes(LARGE))
+        return {}
+
+    entry = cached("bases", INPUTS, build)
+    (memo,) = (tmp_path / "hashes").iterdir()
+    memo.write_text(memo.read_text().replace(sha256_file(entry.directory / "model.bin"), "remembered"))
+    assert sha256_of(entry.directory / "model.bin") == "remembered"

@@ -51,6 +51,12 @@ def test_importance_lowers_the_error_where_it_is_high() -> None:
     assert error(quantize(weights, kind, importance)) < 0.8 * error(quantize(weights, kind))
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_can_be_decoded(name: str) -> None:
+    kind = TYPES[name]
+    assert dequantize(np.zeros(2 * row_bytes(kind, 256), np.uint8), kind, (2, 256)).tolist() == [[0.0] * 256] * 2
+
+
 def test_unknown_type_is_named() -> None:
     with pytest.raises(Exception, match="ggml type 99"):
         type_by_id(99, "x.gguf")

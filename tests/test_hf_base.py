@@ -27,7 +27,7 @@ from cdcda_export.converter import CONVERT_LORA, CONVERT_MODEL, SDIST_VARIABLE, 
 from cdcda_export.errors import CdcdaError, ExportError, FileError, MissingDependency, UnsupportedArchitecture
 from cdcda_export.ggml import dequantize
 from cdcda_export.gguf import GgufFile
-from cdcda_export.hf_base import _outtype, conversion_inputs, resolve_base
+from cdcda_export.hf_base import _outtype, check_directory, conversion_inputs, resolve_base
 from cdcda_export.progress import Silent
 from cdcda_export.runtime import LlamaCpp
 from reference import convert_f32, hf_directory_of, tiny_hf
@@ -169,13 +169,23 @@ def truncated(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def with_weight_map(places: object, directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def with_offsets(offsets: object, directory: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+
+
 def as_int8(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     save_file({"model.norm.weight": np.ones(64, np.int8)}, directory / "model.safetensors")
 
 
-def broken_json(directory: Path) -> None:
-    (directory / "config.json").write_text("{")
+def broken_json(directory: Path, text: str = "{") -> None:
+    (directory / "config.json").write_text(text)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], type[CdcdaError], str]] = {
@@ -202,6 +212,28 @@ REFUSED: dict[str, tuple[Callable[[Path], None], type[CdcdaError], str]] = {
     "missing shard": (with_index, FileError, "lacks model-00002-of-00002.safetensors, which its index names"),
     "truncated": (truncated, FileError, "is truncated or no safetensors file"),
     "integers": (as_int8, FileError, "stores weights as I8"),
+    "deep config": (partial(broken_json, text="[" * 100_000), FileError, "not readable JSON"),
+    "architectures as a table": (
+        partial(with_json, "config.json", {"architectures": {"a": 1}}),
+        UnsupportedArchitecture,
+        "cannot be exported; these can",
+    ),
+    "architectures nested": (
+        partial(with_json, "config.json", {"architectures": [["LlamaForCausalLM\n"]]}),
+        UnsupportedArchitecture,
+        "cannot be exported; these can",
+    ),
+    "quantization as a text": (partial(with_json, "config.json", {"quantization_config": "gptq"}), FileError, "quantized already .gptq"),
+    "no offsets": (partial(with_offsets, []), FileError, "is truncated or no safetensors file"),
+    "offsets of another kind": (partial(with_offsets, [0, "x"]), FileError, "is truncated or no safetensors file"),
+    "index as a list": (partial(with_weight_map, ["model.safetensors"]), FileError, "does not name the files of its weights"),
+    "index nested": (partial(with_weight_map, {"a": ["model.safetensors"]}), FileError, "does not name the files of its weights"),
+    "index leads out": (
+        partial(with_weight_map, {"a": "../model/model.safetensors"}),
+        FileError,
+        "does not name the files of its weights",
+    ),
+    "index leads to a directory": (partial(with_weight_map, {"a": ".."}), FileError, "lacks .., which its index names"),
 }
 
 
@@ -217,6 +249,22 @@ def test_what_cannot_be_converted_is_refused_before_anything_runs(
         resolve_base(directory, Silent())
     assert "\n" not in str(raised.value)
     assert not (cache / "bases").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/".join(["x" * 5000] * 2), "~no-such-user/model"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(FileError, match="There is no base model") as raised:
+        resolve_base(name, Silent())
+    assert len(str(raised.value)) < 250
+
+
+def test_a_snapshot_of_links_is_read_as_the_hubs_cache_lays_it_out(llama: Path, tmp_path: Path) -> None:
+    copy_of(llama, tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    check_directory(tmp_path / "snapshot")
+    assert conversion_inputs(tmp_path / "snapshot", "m") == conversion_inputs(llama, "m")
 
 
 def test_a_tokenizer_that_the_converter_does_not_know_is_said_in_its_words(llama: Path, cache: Path, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cdcda_export.errors import DiskFull, ManifestError
-from cdcda_export.manifest import MANIFEST, Stage, read_manifest, sha256_json, write_atomic, write_json
+from cdcda_export.errors import DiskFull, FileError, ManifestError
+from cdcda_export.manifest import FINGERPRINT, MANIFEST, Stage, make_private, read_manifest, sha256_json, write_atomic, write_json
 
 
 def _build(directory: Path, text: str = "one", **config: object) -> Stage:
@@ -92,7 +94,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
     assert (tmp_path / "s" / "out.txt").read_text() == "new"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": "s"}', '{"schema": 9}', "\x00\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": "s"}', '{"schema": 9}', "\x00\xff", "[" * 100_000])
 def test_a_corrupt_manifest_is_an_error_with_the_way_out(tmp_path: Path, text: str) -> None:
     _build(tmp_path / "s")
     (tmp_path / "s" / MANIFEST).write_text(text)
@@ -100,6 +102,9 @@ def test_a_corrupt_manifest_is_an_error_with_the_way_out(tmp_path: Path, text: s
         Stage(tmp_path / "s", {}, {"input": "abc"}).finished()
     redo = Stage(tmp_path / "s", {}, {"input": "abc"}, redo=True)
     assert redo.finished() is None
+    write_atomic(redo.begin() / "out.txt", "anew")
+    redo.finish({}, ["out.txt"])
+    assert (tmp_path / "s" / "out.txt").read_text() == "anew"
 
 
 def test_another_schema_is_not_trusted(tmp_path: Path) -> None:
@@ -121,6 +126,157 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         write_json(tmp_path / "f.json", {"a": 2})
     assert json.loads((tmp_path / "f.json").read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="Cannot write .*f.json"):
+        write_json(tmp_path / "file" / "folder" / "f.json", {})
+    (tmp_path / "f.json").mkdir()
+    with pytest.raises(FileError, match="Cannot write .*f.json"):
+        write_json(tmp_path / "f.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.json", "file"]
+
+
+def test_missing_folders_are_made_private(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b" / "c", "")
+    make_private(tmp_path / "d" / "e")
+    make_private(tmp_path / "d" / "e")
+    for name in ("a", "a/b", "d", "d/e"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+def _everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+FOREIGN = {
+    "documents": {"thesis.txt": "years of work"},
+    "a web extension": {"manifest.json": '{"manifest_version": 3, "name": "mine"}', "background.js": ""},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("place", ["s", "s.old", "s.partial"])
+def test_what_others_made_is_never_removed(place: str, files: dict[str, str], tmp_path: Path) -> None:
+    if place == "s.old":
+        _build(tmp_path / "s", a=1)
+    (tmp_path / place).mkdir()
+    for name, text in files.items():
+        (tmp_path / place / name).write_text(text)
+    before = _everything(tmp_path)
+    for redo in (False, True):
+        stage = Stage(tmp_path / "s", {"a": 2}, {"input": "abc"}, redo)
+        with pytest.raises(FileError, match=f"{place} is there already and not ours|--redo s"):
+            if stage.finished() is None:
+                stage.begin()
+    assert _everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text(""), lambda p: p.symlink_to(p.parent), lambda p: p.symlink_to("nowhere")])
+@pytest.mark.parametrize("place", ["s", "s.old", "s.partial"])
+def test_files_and_links_in_the_way_are_one_sentence(place: str, make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / place)
+    with pytest.raises(FileError, match=f"{place}"):
+        Stage(tmp_path / "s", {}, {}).begin()
+    assert os.path.lexists(tmp_path / place)
+
+
+def test_documents_that_came_while_a_stage_was_built_are_not_replaced(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "s", {}, {})
+    write_atomic(stage.begin() / "out.txt", "")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileError, match="not ours"):
+        stage.finish({}, ["out.txt"])
+    assert (tmp_path / "s" / "thesis.txt").exists()
+
+
+def test_an_empty_directory_may_be_named(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    assert _build(tmp_path / "s").finished() is not None
+
+
+def test_a_parent_that_is_a_file_and_a_name_that_is_too_long_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="Cannot write"):
+        Stage(tmp_path / "file" / "s", {}, {}).begin()
+    with pytest.raises(FileError, match="Cannot write"):
+        Stage(tmp_path / ("x" * 300), {}, {}).why()
+
+
+def test_a_full_disk_is_said_when_a_stage_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(DiskFull, match="free some space"):
+        Stage(tmp_path / "s", {}, {}).begin()
+
+
+@pytest.mark.parametrize(("left", "why"), [("s.partial", ""), ("s.old", "a changed from 1 to 2")])
+def test_asking_why_judges_as_if_recovered_and_changes_nothing(left: str, why: str, tmp_path: Path) -> None:
+    """What a kill between the two renames leaves: no final name, the new directory or the old one beside it."""
+    _build(tmp_path / "s", a=2 if left == "s.partial" else 1)
+    os.replace(tmp_path / "s", tmp_path / left)
+    before = _everything(tmp_path)
+    stage = Stage(tmp_path / "s", {"a": 2}, {"input": "abc"})
+    assert stage.why() == why
+    assert _everything(tmp_path) == before
+    assert (stage.finished() is None) == bool(why)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_asking_why_leaves_the_old_directory_beside_the_new_one(tmp_path: Path) -> None:
+    _build(tmp_path / "s")
+    _build(tmp_path / "other")
+    os.replace(tmp_path / "other", tmp_path / "s.old")
+    assert Stage(tmp_path / "s", {}, {"input": "abc"}).why() == ""
+    assert (tmp_path / "s.old").exists()
+    assert Stage(tmp_path / "s", {}, {"input": "abc"}).finished() is not None
+    assert not (tmp_path / "s.old").exists()
+
+
+@pytest.mark.parametrize("name", ["rmtree", "unlink", "replace"])
+def test_a_stage_that_is_killed_anywhere_can_be_built_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever step of removing and renaming a kill hits, the next run knows what is left as its own."""
+    owner = shutil if name == "rmtree" else os if name == "replace" else Path
+    real, survived = getattr(owner, name), 0
+    for dies_at in range(1, 20):
+        folder, calls = tmp_path / str(dies_at), 0
+
+        def dying(*given: object, at: int = dies_at, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return real(*given, **named)
+
+        _build(folder / "s", "old", a=1)
+        (Stage(folder / "s", {"a": 3}, {}).begin() / "half").write_text("")
+        monkeypatch.setattr(owner, name, dying)
+        try:
+            _build(folder / "s", "new", a=2)
+            survived += 1
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.undo()
+        again = Stage(folder / "s", {"a": 2}, {"input": "abc"})
+        if again.finished() is None:
+            _build(folder / "s", "new", a=2)
+        assert again.finished() is not None
+        assert sorted(p.name for p in folder.rglob("*")) == [MANIFEST, "out.txt", "s"]
+    assert 0 < survived < 19
+
+
+def test_a_finished_partial_is_not_built_upon(tmp_path: Path) -> None:
+    """Killed between its manifest and its mark: the files are whole, and a resumed run would overwrite them one by one."""
+    _build(tmp_path / "s", a=1)
+    _build(tmp_path / "other", a=2)
+    stage = Stage(tmp_path / "s", {"a": 2}, {"input": "abc"})
+    os.replace(tmp_path / "other", stage.partial)
+    (stage.partial / FINGERPRINT).write_text(stage.fingerprint)
+    assert [p.name for p in stage.begin().iterdir()] == [FINGERPRINT]
 
 
 def test_hashes_ignore_key_order() -> None:

@@ -62,6 +62,46 @@ def test_a_workspace_is_bound_to_its_source_and_base(tmp_path: Path) -> None:
         Workspace(tmp_path).bind("samples", "aa", "base.gguf")
 
 
+def test_without_a_source_only_the_base_is_compared(tmp_path: Path) -> None:
+    Workspace(tmp_path).bind(None, "aa", "base.gguf")
+    assert list(tmp_path.iterdir()) == []
+    Workspace(tmp_path).bind("samples", "aa", "base.gguf")
+    Workspace(tmp_path).bind(None, "aa", "base.gguf")
+    with pytest.raises(WorkspaceError, match="base model"):
+        Workspace(tmp_path).bind(None, "bb", "base.gguf")
+    with pytest.raises(WorkspaceError, match="data source"):
+        Workspace(tmp_path).bind("other.jsonl", "aa", "base.gguf")
+
+
+@pytest.mark.parametrize("root", ["file", "file/below", "x" * 300, "nowhere"])
+def test_a_workspace_that_cannot_be_made_is_one_sentence(root: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "folder")
+    workspace = Workspace(tmp_path / root)
+    with pytest.raises(WorkspaceError, match="another --workspace"):
+        workspace.bind("samples", "aa", "base.gguf")
+    with pytest.raises(WorkspaceError, match="another --workspace"), workspace.locked("42"):
+        pass
+    assert workspace.users() == []
+
+
+def test_a_lock_or_a_binding_that_is_a_directory_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "42" / ".lock").mkdir(parents=True)
+    with pytest.raises(WorkspaceError, match="42 cannot be worked in"), Workspace(tmp_path).locked("42"):
+        pass
+    (tmp_path / "workspace.json").mkdir()
+    with pytest.raises(WorkspaceError, match=r"workspace\.json cannot be read"):
+        Workspace(tmp_path).bind("samples", "aa", "base.gguf")
+
+
+def test_only_what_may_be_a_users_folder_is_listed(tmp_path: Path) -> None:
+    for name in ("42", "%5Fshared", "é", "%2Fetc", "..%2F..%2Fetc", "_shared", ".git", "x" * 200, "%34%32"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "linked").symlink_to(tmp_path / "42")
+    assert Workspace(tmp_path).users() == ["42", "_shared"]
+
+
 def test_forget_removes_everything_of_one_user_only(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     for user in ("42", "7"):

@@ -7,21 +7,23 @@ opened. What cannot be applied exactly is refused by name.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cdcda_export.architectures import Architecture, get_architecture, heads_of, permute_rows
-from cdcda_export.errors import AdapterError
+from cdcda_export.errors import AdapterError, FileError
 from cdcda_export.gguf import GgufFile
+from cdcda_export.safetensors_file import FLOATS, FloatReader, OneAtATime
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 # These initialisations change the base weights, so the saved pair is not what was learned on top of the base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -45,12 +47,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter matched to one base: GGUF tensor name -> change, or -> whole new weights (``modules_to_save``)."""
+    """A LoRA adapter matched to one base: GGUF tensor name -> change, or -> whole new weights (``modules_to_save``).
+
+    Whole weights are as large as the base's, so they are read from the file each time one is asked for.
+    """
 
     path: Path
     config: dict[str, Any]
     deltas: dict[str, Delta]
-    replaced: dict[str, np.ndarray] = field(default_factory=dict)
+    replaced: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def touched(self) -> set[str]:
@@ -67,14 +72,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return ``adapter_config.json``, refusing every kind of adapter that is not a plain LoRA.
 
     Raises:
-        AdapterError: there is no such file, or the adapter is of a kind that cannot be merged exactly.
+        AdapterError: there is no such file, its numbers are none, or the adapter is of a kind that cannot be merged exactly.
     """
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{directory} holds no {CONFIG}; name the directory that peft's save_pretrained wrote.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON; save the adapter again with peft.") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path} is not a JSON object; save the adapter again with peft.")
@@ -92,49 +97,53 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} was initialised with {init}, which changes the base; convert it to plain LoRA with peft first.")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise AdapterError(f"{path} trains biases (bias={config.get('bias')!r}), which cannot be merged here; train with bias='none'.")
+    _check_alphas(config, path)
     return config
 
 
-def _read_weights(directory: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, deserialize
+def _check_alphas(config: Mapping[str, Any], path: Path) -> None:
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: alpha_pattern is no table of modules and numbers; save the adapter again with peft.")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **patterns}.items():
+        # Beyond this float32 overflows; NaN is not below it.
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+            raise AdapterError(f"{path}: the alpha of {name!r} is {str(alpha)[:40]!r}, no finite number; save the adapter again with peft.")
+    for pattern in patterns:
+        try:
+            _compiled(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise AdapterError(f"{path}: {pattern!r} in alpha_pattern is no regular expression ({error}).") from error
 
+
+def _open_weights(directory: Path) -> FloatReader:
     path = directory / WEIGHTS
-    if not path.exists():
+    if not path.is_file():
         if (directory / PICKLE).exists():
             raise AdapterError(f"{directory} holds a pickle ({PICKLE}), which is never loaded; save it with safe_serialization=True.")
         raise AdapterError(f"{directory} holds no {WEIGHTS}; save the adapter again with peft.")
     try:
-        # deserialize, not safe_open: numpy has no bfloat16, and most GPU trainers save it.
-        parts = deserialize(path.read_bytes())
-    except (SafetensorError, OSError) as error:
+        return FloatReader(path)
+    except FileError as error:
         raise AdapterError(f"{path} is truncated or no safetensors file; copy or save the adapter again.") from error
-    return {name: _as_float32(part, f"{path}: {name}") for name, part in parts}
 
 
-def _as_float32(part: Mapping[str, Any], where: str) -> np.ndarray:
-    kind, data, shape = part["dtype"], part["data"], part["shape"]
-    if kind == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    if kind not in _FLOATS:
-        raise AdapterError(f"{where} is stored as {kind}; only floating-point adapters can be merged.")
-    return np.frombuffer(data, _FLOATS[kind]).astype(np.float32, copy=False).reshape(shape)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return peft's per-module value: a pattern matches the whole module name or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if _compiled(pattern).match(module)), default)
 
 
 @dataclass(frozen=True)
 class PeftWeights:
-    """An adapter as peft stores it: module -> (A, B) in Hugging Face's layout, and parameter -> whole new weights."""
+    """An adapter as peft stores it: module -> (A, B) in Hugging Face's layout, and parameter -> whole new weights (read when asked for)."""
 
     config: dict[str, Any]
     pairs: dict[str, dict[str, np.ndarray]]
-    replaced: dict[str, np.ndarray]
+    replaced: Mapping[str, np.ndarray]
 
     def scale(self, module: str) -> float:
         """Return what B A is multiplied by in this module: alpha / r, or alpha / sqrt(r) for rsLoRA, after peft's patterns."""
@@ -159,24 +168,29 @@ def read_peft(directory: str | Path) -> PeftWeights:
         AdapterError: a file is missing or broken, or the adapter is no plain LoRA.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir it bears any name
         raise AdapterError(f"There is no adapter directory {directory}.")
-    config = read_config(directory)
+    config, file = read_config(directory), _open_weights(directory)
     pairs: dict[str, dict[str, np.ndarray]] = {}
-    replaced: dict[str, np.ndarray] = {}
-    for name, weights in sorted(_read_weights(directory).items()):
+    replaced: dict[str, Callable[[], np.ndarray]] = {}
+    for name, entry in sorted(file.entries.items()):
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.default)?(\.weight)?", name)
+        if entry.dtype not in FLOATS:
+            raise AdapterError(f"{file.path}: {name} is stored as {entry.dtype}; only floating-point adapters can be merged.")
+        if 0 in entry.shape or (match and len(entry.shape) != 2):
+            raise AdapterError(f"{file.path}: {name} has the shape {list(entry.shape)}, which is no matrix; save the adapter again.")
         if match:
-            pairs.setdefault(match[1], {})[match[2]] = weights
+            pairs.setdefault(match[1], {})[match[2]] = file.read(name)
         elif ".base_layer." in name:
             continue  # peft saves an unchanged copy of an adapted embedding
         elif "lora_" in name:
-            raise AdapterError(f"{directory / WEIGHTS}: tensor {name} belongs to a kind of LoRA that cannot be merged here.")
+            raise AdapterError(f"{file.path}: tensor {name} belongs to a kind of LoRA that cannot be merged here.")
         else:
-            replaced[re.sub(r"\.modules_to_save(\.default)?", "", name.removeprefix(_PREFIX))] = weights
+            parameter = re.sub(r"\.modules_to_save(\.default)?", "", name.removeprefix(_PREFIX))
+            replaced[parameter] = partial(file.read, name)
     if not pairs and not replaced:
-        raise AdapterError(f"{directory / WEIGHTS} holds no LoRA tensors; nothing was learned or another format was saved.")
-    return PeftWeights(config, pairs, replaced)
+        raise AdapterError(f"{file.path} holds no LoRA tensors; nothing was learned or another format was saved.")
+    return PeftWeights(config, pairs, OneAtATime(replaced))
 
 
 def read_adapter(directory: str | Path, base: GgufFile) -> Adapter:
@@ -190,16 +204,22 @@ def read_adapter(directory: str | Path, base: GgufFile) -> Adapter:
     architecture = get_architecture(base.architecture, str(base.path))
     peft = read_peft(directory)
     deltas = [_delta(module, peft, base, architecture, directory) for module in peft.pairs]
-    replaced = _without_tied_copy(peft.replaced, base)
-    whole = dict(_replacement(name, weights, base, architecture, directory) for name, weights in replaced.items())
+    names = _without_tied_copy(peft.replaced, base)
+    whole = OneAtATime(dict(_replacement(name, peft.replaced, base, architecture, directory) for name in names))
     return Adapter(directory, peft.config, {delta.tensor: delta for delta in deltas}, whole)
 
 
-def _without_tied_copy(replaced: Mapping[str, np.ndarray], base: GgufFile) -> dict[str, np.ndarray]:
+def _is_finite(weights: np.ndarray) -> bool:
+    """Say whether all weights are finite, without another array of their size."""
+    return bool(np.isfinite(weights.min()) and np.isfinite(weights.max()))
+
+
+def _without_tied_copy(replaced: Mapping[str, np.ndarray], base: GgufFile) -> list[str]:
     """Leave out an lm_head that trainers save beside the embedding it is tied to, where both hold the same."""
-    head, embedding = replaced.get("lm_head.weight"), replaced.get("model.embed_tokens.weight")
-    tied = head is not None and "output.weight" not in base and embedding is not None and np.array_equal(head, embedding)
-    return {name: weights for name, weights in replaced.items() if not (tied and name == "lm_head.weight")}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    both = head in replaced and embedding in replaced and "output.weight" not in base
+    tied = both and np.array_equal(replaced[head], replaced[embedding])
+    return [name for name in replaced if not (tied and name == head)]
 
 
 def _delta(module: str, peft: PeftWeights, base: GgufFile, architecture: Architecture, directory: Path) -> Delta:
@@ -213,27 +233,38 @@ def _delta(module: str, peft: PeftWeights, base: GgufFile, architecture: Archite
     # peft stores an embedding's A as (rank, vocabulary) and B as (hidden, rank), and adds (B A)^T.
     down, up = (second.T, first.T) if embedding else (first, second)
     shape = base[target].shape
-    if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
-        grown = embedding and up.ndim == 2 and up.shape[0] > shape[0]
-        _refuse_shape(module, (*up.shape[:1], *down.shape[-1:]), shape, directory, base, grown)
+    if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        grown = embedding and up.shape[0] > shape[0]
+        _refuse_shape(module, (up.shape[0], down.shape[1]), shape, directory, base, grown)
     scale = peft.scale(module)
-    if not np.isfinite(down).all() or not np.isfinite(up).all():
+    if not _is_finite(down) or not _is_finite(up):
         raise AdapterError(f"{directory / WEIGHTS}: {module} holds NaN or infinite weights; the training diverged.")
     if architecture.is_permuted(target):
         up = permute_rows(up, heads_of(base, target))
     return Delta(target, np.ascontiguousarray(down), np.ascontiguousarray(up), scale)
 
 
-def _replacement(name: str, weights: np.ndarray, base: GgufFile, architecture: Architecture, directory: Path) -> tuple[str, np.ndarray]:
+def _replacement(
+    name: str, replaced: Mapping[str, np.ndarray], base: GgufFile, architecture: Architecture, directory: Path
+) -> tuple[str, Callable[[], np.ndarray]]:
     if name == "lm_head.weight" and "output.weight" not in base:
         raise AdapterError(f"{directory / WEIGHTS}: lm_head was trained apart, but the base ties it to the embedding; it cannot be merged.")
-    target = _target(name, base, architecture, directory)
-    if weights.shape != base[target].shape:
-        grown = weights.ndim == 2 and len(base[target].shape) == 2 and weights.shape[0] > base[target].shape[0]
-        _refuse_shape(name, weights.shape, base[target].shape, directory, base, grown)
-    if architecture.is_permuted(target):
-        weights = permute_rows(weights, heads_of(base, target))
-    return target, weights + np.float32(architecture.norm_offset if target.endswith("norm.weight") else 0)
+    target, weights = _target(name, base, architecture, directory), replaced[name]
+    shape, wanted = weights.shape, base[target].shape
+    if shape != wanted:
+        _refuse_shape(name, shape, wanted, directory, base, grown=len(shape) == len(wanted) == 2 and shape[0] > wanted[0])
+    if not _is_finite(weights):
+        raise AdapterError(f"{directory / WEIGHTS}: {name} holds NaN or infinite weights; the training diverged.")
+
+    def read() -> np.ndarray:
+        weights = replaced[name]
+        if architecture.is_permuted(target):
+            weights = permute_rows(weights, heads_of(base, target))
+        if target.endswith("norm.weight"):
+            weights += np.float32(architecture.norm_offset)
+        return weights
+
+    return target, read
 
 
 def _target(parameter: str, base: GgufFile, architecture: Architecture, directory: Path) -> str:

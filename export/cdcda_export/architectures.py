@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdcda_export.errors import UnsupportedArchitecture, did_you_mean
+from cdcda_export.errors import FileError, UnsupportedArchitecture, did_you_mean
 
 if TYPE_CHECKING:
     from cdcda_export.gguf import GgufFile
@@ -90,9 +90,17 @@ def get_architecture(name: str, where: str) -> Architecture:
 
 
 def heads_of(base: GgufFile, gguf_name: str) -> int:
-    """Return how many heads the rows of this q or k tensor are split into."""
+    """Return how many heads the rows of this q or k tensor are split into.
+
+    Raises:
+        FileError: the rows cannot be split so.
+    """
     heads = int(base.hparam("attention.head_count"))
-    return heads if ".attn_q." in gguf_name else int(base.hparam("attention.head_count_kv", heads))
+    if ".attn_q." not in gguf_name:
+        heads = int(base.hparam("attention.head_count_kv", heads))
+    if base[gguf_name].shape[0] % (2 * heads):
+        raise FileError(f"{base.path} is damaged: the {base[gguf_name].shape[0]} rows of {gguf_name} are no {heads} heads.")
+    return heads
 
 
 def permute_rows(weights: np.ndarray, heads: int) -> np.ndarray:

@@ -48,8 +48,10 @@ class ChatTemplate:
         try:
             template = environment.from_string(self.source)
             return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
-        except jinja2.TemplateError as error:
-            raise ExportError(f"The base model's chat template cannot be rendered: {error}.") from error
+        # A template's expressions fail as Python's do.
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ExportError(f"The base model's chat template cannot be rendered: {reason}.") from error
 
     def prompt(self, user_text: str) -> str:
         """Return one user turn, ready for the model's answer."""
@@ -70,7 +72,12 @@ class ChatTemplate:
 
 
 def template_of(base: GgufFile) -> ChatTemplate:
-    """Return the chat template that a GGUF carries, or ChatML (llama.cpp's own fallback) where it has none."""
+    """Return the chat template that a GGUF carries, or ChatML (llama.cpp's own fallback) where it has none.
+
+    Raises:
+        ExportError: what it carries is no text.
+        FileError: its tokens are damaged.
+    """
     tokens: list[str] | None = None
 
     def token(key: str) -> str:
@@ -80,7 +87,9 @@ def template_of(base: GgufFile) -> ChatTemplate:
             return ""
         if tokens is None:
             tokens = base.get_value("tokenizer.ggml.tokens", [])
-        return tokens[int(index)] if tokens and int(index) < len(tokens) else ""
+        return tokens[index] if tokens and 0 <= index < len(tokens) else ""
 
     source = base.get_value("tokenizer.chat_template")
+    if source is not None and not isinstance(source, str):
+        raise ExportError(f"The chat template of {base.path} is no text, so nothing can be asked as training asked; fetch the base again.")
     return ChatTemplate(source or CHATML, token("bos"), token("eos"), is_fallback=not source)

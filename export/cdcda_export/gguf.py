@@ -7,8 +7,10 @@ is on the hot path of every export: the vocabulary (tens of thousands of strings
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import numpy as np
 
 from cdcda_export.errors import FileError
 from cdcda_export.ggml import GgmlType, row_bytes, type_by_id
+from cdcda_export.gguf_keys import wanted_instead
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -160,13 +163,12 @@ class GgufFile(Mapping[str, Tensor]):
                 raise FileError(f"{self.path} is damaged: tensor {name!r} has {n_dims} dimensions.")
             shape = tuple(cursor.unpack("<Q") for _ in range(n_dims))[::-1]
             infos.append((name, shape, cursor.unpack("<I"), cursor.unpack("<Q")))
-        alignment = int(self.get_value("general.alignment", DEFAULT_ALIGNMENT))
+        alignment = self.get_value("general.alignment", DEFAULT_ALIGNMENT)
         data_start = -(-cursor.at // alignment) * alignment
         tensors = {}
         for name, shape, type_id, offset in infos:
             kind = type_by_id(type_id, f"{self.path}: tensor {name}")
-            elements = int(np.prod(shape, dtype=np.float64))
-            if elements > _MAX_ELEMENTS or shape[-1] % kind.block_size:
+            if not 0 < math.prod(shape) <= _MAX_ELEMENTS or shape[-1] % kind.block_size:
                 raise FileError(f"{self.path} is damaged: tensor {name!r} of type {kind.name} has shape {list(shape)}.")
             size = row_bytes(kind, shape[-1]) * int(np.prod(shape[:-1], dtype=np.int64))
             start = data_start + offset
@@ -202,13 +204,22 @@ class GgufFile(Mapping[str, Tensor]):
         return list(self._pairs)
 
     def get_value(self, key: str, default: Any = None) -> Any:
-        """Decode one metadata value; numbers in arrays come as numpy arrays."""
+        """Decode one metadata value; numbers in arrays come as numpy arrays.
+
+        Raises:
+            FileError: it is a count, an id, a list of tokens, and so on by its key, but holds something else.
+        """
         if key not in self._pairs:
             return default
         kind, start, _ = self._pairs[key]
         cursor = _Cursor(self._map, self.path)
         cursor.at = start
-        return cursor.value(kind)
+        value = cursor.value(kind)
+        wanted = wanted_instead(key, value)
+        if wanted:
+            found = " ".join(reprlib.repr(value).split())
+            raise FileError(f"{self.path} cannot be used: its metadata '{key}' is {found}, not {wanted}.")
+        return value
 
     def raw_pair(self, key: str) -> bytes:
         """Return one metadata entry (key, type, value) exactly as it is stored."""
@@ -224,7 +235,7 @@ class GgufFile(Mapping[str, Tensor]):
         """Return an architecture-specific value, for example ``block_count``.
 
         Raises:
-            FileError: the file does not have it and there is no default.
+            FileError: the file does not have it and there is no default, or it is no number of its kind.
         """
         value = self.get_value(f"{self.architecture}.{key}", default)
         if value is None:

@@ -16,6 +16,7 @@ from cdcda_export.cache import cached, sha256_of
 from cdcda_export.converter import CONVERT_MODEL, converter_version, run_converter
 from cdcda_export.errors import DiskFull, FileError, MissingDependency, UnsupportedArchitecture, is_disk_full
 from cdcda_export.progress import Progress
+from cdcda_export.safetensors_file import read_header
 
 # transformers' class -> the GGUF architecture; what cdcda_export.architectures can map.
 HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Gemma3ForCausalLM": "gemma3"}
@@ -24,7 +25,6 @@ _PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.m
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MAX_HEADER = 100 << 20
 
 
 def resolve_base(path_or_id: str | Path, progress: Progress) -> Path:
@@ -41,10 +41,14 @@ def resolve_base(path_or_id: str | Path, progress: Progress) -> Path:
         ExportError: llama.cpp's converter refused it.
         DiskFull: there is no room for it.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(path_or_id).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, an unknown user after ~
+        raise FileError(f"There is no base model {str(path_or_id)[:80]!r} ({_first_line(error)[:80]}).") from error
+    if is_directory:
         return convert_directory(path, _name_of(path), progress)
-    if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(path_or_id)):
+    if exists or path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(path_or_id)):
         return path  # whoever opens it says what is wrong with it
     return convert_directory(_fetch(str(path_or_id), progress), path.name, progress)
 
@@ -111,25 +115,33 @@ def check_directory(directory: Path) -> None:
     config = _read_json(directory / "config.json")
     tokenizer_config = _read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     named = config.get("architectures") or ["none"]
-    if named[0] not in HF_ARCHITECTURES:
-        raise UnsupportedArchitecture(f"{directory} is a {named[0]}, which cannot be exported; these can: {', '.join(HF_ARCHITECTURES)}.")
+    named = named[0] if isinstance(named, list) else named
+    if not isinstance(named, str) or named not in HF_ARCHITECTURES:
+        known = ", ".join(HF_ARCHITECTURES)
+        raise UnsupportedArchitecture(f"{directory} is a {_word(named)}, which cannot be exported; these can: {known}.")
     for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         if values.get("auto_map"):
             raise FileError(f"{directory} brings code of its own (auto_map in {name}), which is never run; use a model without.")
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise FileError(f"{directory} is quantized already ({method}); name the model in float16, bfloat16 or float32.")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise FileError(f"{directory} is quantized already ({_word(method)}); name the model in float16, bfloat16 or float32.")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileError(f"{directory} holds no tokenizer.json or tokenizer.model; copy the tokenizer's files beside config.json.")
     missing = [path.name for path in _weights(directory) if not path.is_file()]
     if missing:
-        raise FileError(f"{directory} lacks {missing[0]}, which its index names; copy the whole model.")
+        raise FileError(f"{directory} lacks {_word(missing[0])}, which its index names; copy the whole model.")
 
 
 def _weights(directory: Path) -> list[Path]:
     """Return the checkpoint's safetensors files."""
     if (directory / _INDEX).is_file():
-        return [directory / str(name) for name in sorted(set(dict(_read_json(directory / _INDEX).get("weight_map") or {}).values()))]
+        places = _read_json(directory / _INDEX).get("weight_map")
+        names = list(places.values()) if isinstance(places, dict) else []
+        # A path would lead out of the directory that was named.
+        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise FileError(f"{directory / _INDEX} does not name the files of its weights; fetch the model again.")
+        return [directory / name for name in sorted(set(names))]
     found = sorted(directory.glob("model*.safetensors"))
     if not found and any(directory.glob("*.bin")):
         raise FileError(f"{directory} holds only pickles (.bin), which are never loaded; save the model with safe_serialization=True.")
@@ -140,33 +152,17 @@ def _weights(directory: Path) -> list[Path]:
 
 def _outtype(paths: list[Path]) -> str:
     """Return the converter's type that loses nothing: the stored one, or float32 where it is mixed."""
-    kinds = {str(entry.get("dtype")) for path in paths for name, entry in _header(path).items() if name != "__metadata__"}
+    kinds = {entry.dtype for path in paths for entry in read_header(path).values()}
     strange = kinds - _OUTTYPES.keys()
     if strange:
-        raise FileError(f"{paths[0].parent} stores weights as {min(strange)}; name the model in float16, bfloat16 or float32.")
+        raise FileError(f"{paths[0].parent} stores weights as {_word(min(strange))}; name the model in float16, bfloat16 or float32.")
     return _OUTTYPES[kinds.pop()] if len(kinds) == 1 else "f32"
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Return a safetensors header: 8 bytes of length, then JSON."""
-    try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size)) if 0 < size <= _MAX_HEADER else None
-            ends = [entry["data_offsets"][1] for name, entry in dict(header or {}).items() if name != "__metadata__"]
-    except OSError as error:
-        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise FileError(f"{path} is no safetensors file; fetch it again.") from error
-    if not header or path.stat().st_size < 8 + size + max(ends, default=0):
-        raise FileError(f"{path} is truncated or no safetensors file; fetch it again.")
-    return dict(header)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is not readable JSON; fetch the model again.") from error
     if not isinstance(values, dict):
         raise FileError(f"{path} is not a JSON object; fetch the model again.")
@@ -207,6 +203,11 @@ def _fetch(hub_id: str, progress: Progress) -> Path:
         ) from error
     progress.done()
     return fetched
+
+
+def _word(value: object) -> str:
+    """Return what a model says of itself as a short word that cannot disturb a sentence or a terminal."""
+    return re.sub(r"[^\w.-]+", " ", str(value))[:40].strip()
 
 
 def _first_line(error: Exception) -> str:

@@ -6,12 +6,13 @@ directory take its final name. So a directory with its final name is complete, w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -74,20 +75,42 @@ def versions() -> dict[str, str]:
 def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
     """Write a file so that a reader sees the old content or the new, never a part; private by default."""
     payload = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    with _writing(path):
+        make_private(path.parent)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(payload)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in one sentence what the operating system had against writing here."""
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise DiskFull(f"No room left to write {path}; free some space and run the same command again.") from error
         raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory and those above it that are missing, for their owner alone (``mkdir`` gives its mode to the last one only).
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if not directory.is_dir():
+        make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -112,7 +135,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         raw = json.loads(text)
         manifest = Manifest(**raw)
         well_formed = manifest.schema == SCHEMA and all({"sha256", "bytes"} <= set(o) for o in manifest.outputs.values())
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(_corrupt(path, "is not a manifest")) from error
     if not well_formed:
         raise ManifestError(_corrupt(path, "has another schema"))
@@ -145,6 +168,7 @@ class Stage:
         self.redo = redo
         self.fingerprint = sha256_json({"stage": self.name, "config": self.config, "inputs": self.inputs, "schema": SCHEMA})
         self.partial = directory.with_name(f"{directory.name}.partial")
+        self.old = directory.with_name(f"{directory.name}.old")
 
     def finished(self) -> Manifest | None:
         """Return the manifest if this very stage was finished before and its files are what they were."""
@@ -157,39 +181,66 @@ class Stage:
         return manifest if outputs_intact(self.directory, manifest) else None
 
     def why(self) -> str:
-        """Return why this stage has to be built, in a few words, or '' when it is finished."""
+        """Return why this stage has to be built, in a few words, or '' when it is finished; nothing on the disk changes."""
         if self.redo:
             return "asked for with --redo"
-        self._recover()
-        manifest = read_manifest(self.directory)
+        standing = self._standing()
+        manifest = read_manifest(standing)
         if manifest is None:
-            mark = self.partial / FINGERPRINT
-            resumes = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint
-            return "was interrupted, will resume" if resumes else "not there yet"
+            return "was interrupted, will resume" if self._resumes() else "not there yet"
         if manifest.fingerprint != self.fingerprint:
             return _difference(manifest, self)
-        return "" if outputs_intact(self.directory, manifest) else "its files changed on disk"
+        return "" if outputs_intact(standing, manifest) else "its files changed on disk"
+
+    def _standing(self) -> Path:
+        """Return the directory that holds the final name, or would if a killed swap were completed."""
+        with _writing(self.directory):
+            if not self.directory.exists():
+                for place in (self.partial, self.old):
+                    if (place / MANIFEST).exists() and _is_ours(place):
+                        return place
+        return self.directory
 
     def _recover(self) -> None:
         """Complete a swap that was killed between taking the old name away and giving it to the new directory."""
-        old = self.directory.with_name(f"{self.name}.old")
-        if not self.directory.exists() and (self.partial / MANIFEST).exists():
-            os.replace(self.partial, self.directory)
-        elif not self.directory.exists() and old.exists():
-            os.replace(old, self.directory)
-        if old.exists():
-            shutil.rmtree(old)
+        standing = self._standing()
+        with _writing(self.directory):
+            if standing != self.directory:
+                (standing / FINGERPRINT).unlink(missing_ok=True)
+                os.replace(standing, self.directory)
+            if (self.old / MANIFEST).exists() and _is_ours(self.old):
+                _discard(self.old)
+
+    def _resumes(self) -> bool:
+        """Say whether a killed run of the same fingerprint left its work; one that had finished is not built upon."""
+        try:
+            same = (self.partial / FINGERPRINT).read_text(encoding="utf-8") == self.fingerprint
+            return same and not (self.partial / MANIFEST).exists()
+        except (OSError, UnicodeDecodeError):
+            return False
 
     def begin(self) -> Path:
-        """Return the private directory to build in; what a killed run of the same fingerprint left is still there."""
-        mark = self.partial / FINGERPRINT
-        same = mark.exists() and mark.read_text(encoding="utf-8") == self.fingerprint
-        if self.partial.exists() and (self.redo or not same):
-            shutil.rmtree(self.partial)
+        """Return the private directory to build in; what a killed run of the same fingerprint left is still there.
+
+        Raises:
+            FileError: it cannot be made, or something of another origin is in the way, which is never removed.
+            DiskFull: there is no room.
+        """
+        self._check_places()
+        with _writing(self.partial):
+            if self.partial.exists() and (self.redo or not self._resumes()):
+                _discard(self.partial)
+            make_private(self.partial)
         self.redo = False
-        self.partial.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(mark, self.fingerprint)
+        write_atomic(self.partial / FINGERPRINT, self.fingerprint)
         return self.partial
+
+    def _check_places(self) -> None:
+        for place in (self.directory, self.partial, self.old):
+            with _writing(place):
+                foreign = os.path.lexists(place) and not _is_ours(place)
+            if foreign:
+                raise FileError(f"{place} is there already and not ours, so it is not replaced; move it away or name another directory.")
 
     def finish(
         self, metrics: Mapping[str, Any], outputs: list[str], keep: tuple[str, ...] = (), hashes: Mapping[str, str] | None = None
@@ -198,15 +249,19 @@ class Stage:
 
         Files that are neither outputs nor named in ``keep`` (checkpoints, marks) are removed. ``hashes`` holds the SHA-256 of outputs
         that were hashed while they were written.
+
+        Raises:
+            FileError: an output is missing, or something of another origin has taken the directory's name meanwhile.
+            DiskFull: there is no room.
         """
         known = hashes or {}
         hashed = {
             name: {"sha256": known.get(name) or sha256_file(self.partial / name), "bytes": (self.partial / name).stat().st_size}
             for name in outputs
         }
-        for child in self.partial.iterdir():
-            if child.name not in {*(o.split("/")[0] for o in outputs), *keep}:
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        with _writing(self.partial):
+            # The mark goes after the manifest came: until then it says whose directory this is.
+            _empty(self.partial, {*(o.split("/")[0] for o in outputs), *keep, FINGERPRINT})
         manifest = Manifest(
             stage=self.name,
             fingerprint=self.fingerprint,
@@ -218,15 +273,49 @@ class Stage:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_json(self.partial / MANIFEST, asdict(manifest))
-        old = self.directory.with_name(f"{self.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        if self.directory.exists():
-            os.replace(self.directory, old)
-        os.replace(self.partial, self.directory)
-        if old.exists():
-            shutil.rmtree(old)
+        self._check_places()
+        with _writing(self.directory):
+            (self.partial / FINGERPRINT).unlink(missing_ok=True)
+            if self.old.exists():
+                _discard(self.old)
+            if self.directory.exists():
+                os.replace(self.directory, self.old)
+            os.replace(self.partial, self.directory)
+            if self.old.exists():
+                _discard(self.old)
         return manifest
+
+
+def _is_ours(directory: Path) -> bool:
+    """Say whether a stage made this directory, so that it may be replaced: it has our manifest or mark, or nothing in it.
+
+    Raises:
+        OSError: it cannot be read, or is no directory.
+    """
+    if directory.is_symlink():
+        return False
+    names = {child.name for child in directory.iterdir()} - {f".{FINGERPRINT}.tmp"}
+    if names and not names & {MANIFEST, FINGERPRINT}:
+        return False
+    if MANIFEST not in names:
+        return True
+    try:
+        stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True  # a damaged one: it can be built anew with --redo
+    return not isinstance(stored, dict) or not stored or not stored.keys().isdisjoint(("stage", "fingerprint", "schema"))
+
+
+def _empty(directory: Path, keep: Collection[str]) -> None:
+    for child in directory.iterdir():
+        if child.name not in keep:
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+
+def _discard(directory: Path) -> None:
+    """Remove a directory of ours, its marks last: if this is cut short, it is still known as ours."""
+    _empty(directory, (MANIFEST, FINGERPRINT))
+    shutil.rmtree(directory)
 
 
 def _difference(manifest: Manifest, stage: Stage) -> str:

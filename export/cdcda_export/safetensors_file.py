@@ -77,7 +77,7 @@ def _parse(prefix: bytes, read: Callable[[int], bytes], size: int) -> dict[str, 
 
 def _entry(entry: dict[str, Any], data: int) -> Entry:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end - begin)):
+    if len(shape) > 8 or any(type(number) is not int or number < 0 for number in (*shape, begin, end - begin)):
         raise ValueError("numbers")
     dtype = str(entry["dtype"])
     if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
@@ -86,14 +86,14 @@ def _entry(entry: dict[str, Any], data: int) -> Entry:
 
 
 class OneAtATime(Mapping[str, np.ndarray]):
-    """Arrays that are made whenever one is asked for and are not kept: name -> (shape, how it is made)."""
+    """Arrays that are made whenever one is asked for and are not kept."""
 
-    def __init__(self, makers: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._makers = dict(makers)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Make one."""
-        return self._makers[name][1]()
+        return self._makers[name]()
 
     def __contains__(self, name: object) -> bool:
         """Say whether there is one, without making it."""
@@ -106,10 +106,6 @@ class OneAtATime(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         """Return how many there are."""
         return len(self._makers)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one without making it."""
-        return self._makers[name][0]
 
 
 class FloatReader:
@@ -137,7 +133,7 @@ class FloatReader:
         """
         entry = self.entries[name]
         stored = np.empty(entry.shape, FLOATS[entry.dtype])
-        into, at = memoryview(stored.reshape(-1)).cast("B"), 0
+        into, at = stored.reshape(-1).data.cast("B"), 0
         while at < entry.bytes:  # Linux reads at most 2 GB at once
             try:
                 got = os.preadv(self._descriptor, [into[at:]], entry.start + at)
