@@ -51,7 +51,7 @@ class Workspace:
     def user_directory(self, user: str) -> Path:
         """Return ``runs/<user>`` (not created)."""
         directory = self.root / folder_name(user)
-        if directory.is_symlink():
+        if os.path.islink(directory):
             raise WorkspaceError(f"{directory} is a symbolic link; runs are never written through links.")
         return directory
 
