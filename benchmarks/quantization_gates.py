@@ -4,7 +4,7 @@ For every user's adapter in the workspaces (``sample_users.py`` and ``quantizati
 divergence, top-1 agreement, the arrived share of the change and the error of every rewritten tensor, on the user's test answers.
 ``--write`` turns the worst of them, times the margin, into ``export/cdcda_export/gates.json``.
 
-    python benchmarks/quantization_gates.py [--quick] [--write] [--workspace DIR ...]
+    python benchmarks/quantization_gates.py [--quick] [--write] [--workspace DIR ...] [--rows FILE ...]
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from cdcda_mobile.history import records_in
 from laboratory import RESULTS, print_table, write_results
 
 GGUF = tuple(name for name in QUANTS if name != "base")
-# What weighs its rounding; 8 bits and floats do not.
-WEIGHED = tuple(name for name in GGUF if name not in ("f32", "f16", "bf16", "q8_0"))
+# With importance: the types that the default base can take; mixes of K-quants fall back to these there.
+WEIGHED = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q4_k_m")
 QUICK = ("f16", "q8_0", "q4_1", "q4_0")
 ONNX = ("int8", "int4")
 MARGIN = 1.6
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four quantizations, no importance, no ONNX, adapters of the quick recipe")
     parser.add_argument("--write", action="store_true", help="write gates.json")
     parser.add_argument("--workspace", type=Path, nargs="+", help="runs/_benchmark-default")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="results with rows measured before, which count too")
     arguments = parser.parse_args()
     if arguments.quick and arguments.write:
         parser.error("--quick measures too little to write gates from")
@@ -201,7 +202,8 @@ def main() -> None:
     if not users:
         parser.exit(1, f"{', '.join(map(str, workspaces))} holds no adapters; run benchmarks/sample_users.py first.\n")
     base = Base()
-    rows = measure_all(users, cells(arguments.quick), base)
+    rows = [row for path in arguments.rows for row in json.loads(path.read_text(encoding="utf-8"))["raw"]["rows"]]
+    rows += measure_all(users, cells(arguments.quick), base)
     print_table(
         ["format", "quant", "importance", "user", "KL", "top-1", "least arrived", "NLL", "NLL f32", "MB"],
         [
