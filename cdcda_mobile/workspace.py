@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from cdcda_export.errors import WorkspaceError
-from cdcda_export.manifest import make_private, write_atomic, write_json
+from cdcda_export.folders import make_private
+from cdcda_export.manifest import write_atomic, write_json
 
 BINDING = "workspace.json"
 _SAFE = "-._~@+ "

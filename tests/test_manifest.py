@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cdcda_export.errors import DiskFull, FileError, ManifestError
-from cdcda_export.manifest import FINGERPRINT, MANIFEST, Stage, make_private, read_manifest, sha256_json, write_atomic, write_json
+from cdcda_export.folders import make_private
+from cdcda_export.manifest import FINGERPRINT, MANIFEST, Stage, read_manifest, sha256_json, write_atomic, write_json
 
 
 def _build(directory: Path, text: str = "one", **config: object) -> Stage:
@@ -170,6 +171,8 @@ def test_what_others_made_is_never_removed(place: str, files: dict[str, str], tm
         with pytest.raises(FileError, match=f"{place} is there already and not ours|--redo s"):
             if stage.finished() is None:
                 stage.begin()
+        with pytest.raises(FileError, match=f"{place} is there already and not ours|--redo s"):
+            Stage(tmp_path / "s", {"a": 2}, {"input": "abc"}, redo).why()
     assert _everything(tmp_path) == before
 
 

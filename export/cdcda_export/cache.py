@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cdcda_export.errors import DiskFull, FileError, is_disk_full
-from cdcda_export.manifest import make_private, sha256_file, sha256_json, write_json
+from cdcda_export.folders import make_private
+from cdcda_export.manifest import sha256_file, sha256_json, write_json
 
 _FACTS = "facts.json"
 _LARGE_BYTES = 1 << 18  # what is smaller is hashed in less time than its hash is looked up
@@ -109,7 +110,7 @@ def locked(folder: Path, name: str, advice: str = "name another folder") -> Iter
         make_private(folder)
         descriptor = os.open(folder / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise _explained(error, folder, advice) from error
+        raise _explained(error, folder / name, advice) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

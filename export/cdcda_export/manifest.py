@@ -11,18 +11,19 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.errors import DiskFull, FileError, ManifestError, is_disk_full
+from cdcda_export.errors import FileError, ManifestError
+from cdcda_export.folders import discard, empty, make_private, writing
 
 MANIFEST = "manifest.json"
 FINGERPRINT = ".fingerprint"
+_MARKS = (MANIFEST, FINGERPRINT)
 SCHEMA = 1
 _PACKAGES = ("cdcda-mobile", "numpy", "llama-cpp-python", "torch", "transformers", "peft", "onnxruntime", "onnx")
 
@@ -76,7 +77,7 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
     """Write a file so that a reader sees the old content or the new, never a part; private by default."""
     payload = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(path):
+    with writing(path):
         make_private(path.parent)
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -89,28 +90,6 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say in one sentence what the operating system had against writing here."""
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFull(f"No room left to write {path}; free some space and run the same command again.") from error
-        raise FileError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
-def make_private(directory: Path) -> None:
-    """Make a directory and those above it that are missing, for their owner alone (``mkdir`` gives its mode to the last one only).
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    if not directory.is_dir():
-        make_private(directory.parent)
-        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -181,7 +160,17 @@ class Stage:
         return manifest if outputs_intact(self.directory, manifest) else None
 
     def why(self) -> str:
-        """Return why this stage has to be built, in a few words, or '' when it is finished; nothing on the disk changes."""
+        """Return why this stage has to be built, in a few words, or '' when it is finished; nothing on the disk changes.
+
+        Raises:
+            FileError: it has to be built, and something of another origin is in the way.
+        """
+        reason = self._reason()
+        if reason:
+            self._check_places()
+        return reason
+
+    def _reason(self) -> str:
         if self.redo:
             return "asked for with --redo"
         standing = self._standing()
@@ -194,7 +183,7 @@ class Stage:
 
     def _standing(self) -> Path:
         """Return the directory that holds the final name, or would if a killed swap were completed."""
-        with _writing(self.directory):
+        with writing(self.directory):
             if not self.directory.exists():
                 for place in (self.partial, self.old):
                     if (place / MANIFEST).exists() and _is_ours(place):
@@ -204,12 +193,12 @@ class Stage:
     def _recover(self) -> None:
         """Complete a swap that was killed between taking the old name away and giving it to the new directory."""
         standing = self._standing()
-        with _writing(self.directory):
+        with writing(self.directory):
             if standing != self.directory:
                 (standing / FINGERPRINT).unlink(missing_ok=True)
                 os.replace(standing, self.directory)
             if (self.old / MANIFEST).exists() and _is_ours(self.old):
-                _discard(self.old)
+                discard(self.old, _MARKS)
 
     def _resumes(self) -> bool:
         """Say whether a killed run of the same fingerprint left its work; one that had finished is not built upon."""
@@ -227,9 +216,9 @@ class Stage:
             DiskFull: there is no room.
         """
         self._check_places()
-        with _writing(self.partial):
+        with writing(self.partial):
             if self.partial.exists() and (self.redo or not self._resumes()):
-                _discard(self.partial)
+                discard(self.partial, _MARKS)
             make_private(self.partial)
         self.redo = False
         write_atomic(self.partial / FINGERPRINT, self.fingerprint)
@@ -237,7 +226,7 @@ class Stage:
 
     def _check_places(self) -> None:
         for place in (self.directory, self.partial, self.old):
-            with _writing(place):
+            with writing(place):
                 foreign = os.path.lexists(place) and not _is_ours(place)
             if foreign:
                 raise FileError(f"{place} is there already and not ours, so it is not replaced; move it away or name another directory.")
@@ -259,9 +248,9 @@ class Stage:
             name: {"sha256": known.get(name) or sha256_file(self.partial / name), "bytes": (self.partial / name).stat().st_size}
             for name in outputs
         }
-        with _writing(self.partial):
+        with writing(self.partial):
             # The mark goes after the manifest came: until then it says whose directory this is.
-            _empty(self.partial, {*(o.split("/")[0] for o in outputs), *keep, FINGERPRINT})
+            empty(self.partial, {*(o.split("/")[0] for o in outputs), *keep, FINGERPRINT})
         manifest = Manifest(
             stage=self.name,
             fingerprint=self.fingerprint,
@@ -274,15 +263,15 @@ class Stage:
         )
         write_json(self.partial / MANIFEST, asdict(manifest))
         self._check_places()
-        with _writing(self.directory):
+        with writing(self.directory):
             (self.partial / FINGERPRINT).unlink(missing_ok=True)
             if self.old.exists():
-                _discard(self.old)
+                discard(self.old, _MARKS)
             if self.directory.exists():
                 os.replace(self.directory, self.old)
             os.replace(self.partial, self.directory)
             if self.old.exists():
-                _discard(self.old)
+                discard(self.old, _MARKS)
         return manifest
 
 
@@ -295,7 +284,7 @@ def _is_ours(directory: Path) -> bool:
     if directory.is_symlink():
         return False
     names = {child.name for child in directory.iterdir()} - {f".{FINGERPRINT}.tmp"}
-    if names and not names & {MANIFEST, FINGERPRINT}:
+    if names and names.isdisjoint(_MARKS):
         return False
     if MANIFEST not in names:
         return True
@@ -304,18 +293,6 @@ def _is_ours(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True  # a damaged one: it can be built anew with --redo
     return not isinstance(stored, dict) or not stored or not stored.keys().isdisjoint(("stage", "fingerprint", "schema"))
-
-
-def _empty(directory: Path, keep: Collection[str]) -> None:
-    for child in directory.iterdir():
-        if child.name not in keep:
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-
-
-def _discard(directory: Path) -> None:
-    """Remove a directory of ours, its marks last: if this is cut short, it is still known as ours."""
-    _empty(directory, (MANIFEST, FINGERPRINT))
-    shutil.rmtree(directory)
 
 
 def _difference(manifest: Manifest, stage: Stage) -> str:
