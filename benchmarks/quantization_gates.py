@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four quantizations, no importance, no ONNX, adapters of the quick recipe")
     parser.add_argument("--write", action="store_true", help="write gates.json")
     parser.add_argument("--workspace", type=Path, nargs="+", help="runs/_benchmark-default")
-    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="results with rows measured before, which count too")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="results with rows that need not be measured again")
     arguments = parser.parse_args()
     if arguments.quick and arguments.write:
         parser.error("--quick measures too little to write gates from")
@@ -203,7 +203,8 @@ def main() -> None:
         parser.exit(1, f"{', '.join(map(str, workspaces))} holds no adapters; run benchmarks/sample_users.py first.\n")
     base = Base()
     rows = [row for path in arguments.rows for row in json.loads(path.read_text(encoding="utf-8"))["raw"]["rows"]]
-    rows += measure_all(users, cells(arguments.quick), base)
+    known = {(row["format"], row["quant"], row["importance"]) for row in rows}
+    rows += measure_all(users, [cell for cell in cells(arguments.quick) if cell not in known], base)
     print_table(
         ["format", "quant", "importance", "user", "KL", "top-1", "least arrived", "NLL", "NLL f32", "MB"],
         [
