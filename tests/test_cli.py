@@ -95,7 +95,7 @@ BASES = {
     "text": "base.gguf",
     "truncated": "truncated",
     "head": "base.gguf",
-    "directory": "is a directory",
+    "directory": "holds no config.json",
     "mamba": "mamba",
 }
 
