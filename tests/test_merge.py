@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cdcda_export.adapter import read_adapter, read_peft
 from cdcda_export.base import Base
@@ -116,6 +117,18 @@ def test_memory_stays_at_three_of_the_largest_tensors_whatever_the_size(tmp_path
     command = [sys.executable, "-c", _PEAK, str(path), str(adapter), str(tmp_path / "m.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 3 * largest < path.stat().st_size / 2
+
+
+def test_memory_stays_there_with_whole_tensors_too(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "base.gguf", hidden=2048, layers=1, kind="F16")
+    largest = 2048 * 4096 * 4
+    adapter = make_adapter(tmp_path / "a", path, targets=("q_proj",))
+    shapes = {"gate": (4096, 2048), "up": (4096, 2048), "down": (2048, 4096)}
+    whole = {f"base_model.model.model.layers.0.mlp.{part}_proj.weight": np.ones(shape, np.float32) for part, shape in shapes.items()}
+    save_file(whole, adapter / "adapter_model.safetensors")
+    command = [sys.executable, "-c", _PEAK, str(path), str(adapter), str(tmp_path / "m.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * largest
 
 
 def test_untouched_tensors_come_from_the_cached_base_and_are_the_same(llama_base: Path, tmp_path: Path) -> None:

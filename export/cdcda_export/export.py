@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def adapter_inputs(directory: Path, kind: str) -> dict[str, str]:
     Raises:
         AdapterError: the directory does not exist.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # Path.is_dir raises on a name that is too long
         raise AdapterError(f"There is no adapter directory {directory}.")
     names = [CONFIG, WEIGHTS]
     found = {}

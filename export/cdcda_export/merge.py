@@ -61,14 +61,14 @@ class _Copied:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A tensor that is decoded, changed in float32 and quantized once."""
+    """A tensor that is decoded, changed in float32 and quantized once; what it is made of is read when its turn comes."""
 
     base: GgufFile
     tensor: Tensor
-    rewrite: Rewrite
+    rewrite: Callable[[], Rewrite]
 
     def start(self) -> Callable[[], np.ndarray]:
-        return self.rewrite.start()
+        return self.rewrite().start()
 
     def done(self) -> None:
         self.base.release(self.tensor.name)
@@ -165,15 +165,20 @@ def _step(
     name = tensor.name
     weight_of = None if kind.name in IGNORE_IMPORTANCE else importance.get(name)
     if adapter is not None and name in adapter.replaced:
-        weights = np.ascontiguousarray(adapter.replaced[name], np.float32)
-        return _Computed(base, tensor, Rewrite(weights.reshape(-1).view(np.uint8), TYPES["F32"], tensor.shape, kind, importance=weight_of))
+        replaced = adapter.replaced
+        return _Computed(base, tensor, lambda: _whole(replaced[name], kind, weight_of))
     delta = None if adapter is None else adapter.deltas.get(name)
     if delta is None and kind == tensor.type:
         return _Copied(base, tensor)
     if delta is None and weight_of is None and quantized is not None:
         return _Copied(quantized, quantized[name])
     change = None if delta is None else (delta.up, delta.down, delta.scale)
-    return _Computed(base, tensor, Rewrite(tensor.data, tensor.type, tensor.shape, kind, change, weight_of))
+    return _Computed(base, tensor, lambda: Rewrite(tensor.data, tensor.type, tensor.shape, kind, change, weight_of))
+
+
+def _whole(weights: np.ndarray, kind: GgmlType, weight_of: np.ndarray | None) -> Rewrite:
+    floats = np.ascontiguousarray(weights, np.float32)
+    return Rewrite(floats.reshape(-1).view(np.uint8), TYPES["F32"], floats.shape, kind, importance=weight_of)
 
 
 def quantized_base(

@@ -117,9 +117,9 @@ def merged(base: GgufFile, parameter: str, peft: PeftWeights | None) -> np.ndarr
 def _touched(peft: PeftWeights, parameters: Iterable[str]) -> list[str]:
     wanted = {*(f"{module}.weight" for module in peft.pairs), *peft.replaced}
     unknown = sorted(wanted - set(parameters))
-    head = peft.replaced.get("lm_head.weight")
-    if unknown == ["lm_head.weight"] and head is not None and np.array_equal(head, peft.replaced.get("model.embed_tokens.weight", ())):
-        unknown = []  # trainers save a tied output matrix beside the embedding
+    if unknown == ["lm_head.weight"] and {"lm_head.weight", "model.embed_tokens.weight"} <= set(peft.replaced):
+        head, embedding = peft.replaced["lm_head.weight"], peft.replaced["model.embed_tokens.weight"]
+        unknown = [] if np.array_equal(head, embedding) else unknown  # trainers save a tied output matrix beside the embedding
     if unknown:
         raise AdapterError(f"The adapter changes {unknown[0]}, which the base model does not have.")
     return sorted(wanted)

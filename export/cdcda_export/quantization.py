@@ -111,7 +111,7 @@ _EXCEPTIONS = (
     ("q5_k_m", "ffn_down", "Q6_K", "more bits"),
 )
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-_STORABLE = {name.lower(): kind for name, kind in TYPES.items() if name not in ("I8", "I16", "I32", "I64", "F64")}
+_STORABLE = {name.lower(): kind for name, kind in TYPES.items()}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _OUTPUT = "output.weight"
 _EMBEDDING = "token_embd.weight"
