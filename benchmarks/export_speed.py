@@ -4,7 +4,7 @@ The standard route is PEFT's merge, llama.cpp's converter and its quantizer (``s
 Hugging Face directory of the default 135M model and the same adapter (every linear layer, rank 8); their tensors are compared byte for
 byte. Ours is the whole command, manifest and report included, with the base's cache warm; cold runs stand beside it.
 
-    python benchmarks/export_speed.py [--quick] [--skip-onnx] [--skip-large]
+    python benchmarks/export_speed.py [--quick] [--pairs N] [--skip-onnx] [--skip-large]
 """
 
 from __future__ import annotations
@@ -294,11 +294,12 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair of everything, no 0.5B shape, no ONNX")
+    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="repeat what is compared N times (default: 5)")
     parser.add_argument("--skip-onnx", action="store_true", help="leave ONNX out; its figure stays null")
     parser.add_argument("--skip-large", action="store_true", help="leave the 0.5B shape out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".export-speed-") as folder:
-        lab = Laboratory(Path(folder), 1 if arguments.quick else 5)
+        lab = Laboratory(Path(folder), 1 if arguments.quick else arguments.pairs)
         lab.figures |= dict.fromkeys(("q4_0_ratio", "q8_0_ratio", "quick_verify_ratio", "batch_write_ratio", "batch_seconds_per_user"))
         lab.figures["onnx_second_user_ratio"] = None
         lab.routes()
