@@ -302,16 +302,15 @@ def main() -> None:
         lab = Laboratory(Path(folder), 1 if arguments.quick else arguments.pairs)
         lab.figures |= dict.fromkeys(("q4_0_ratio", "q8_0_ratio", "quick_verify_ratio", "batch_write_ratio", "batch_seconds_per_user"))
         lab.figures["onnx_second_user_ratio"] = None
-        lab.routes()
-        lab.batch()
-        lab.default_base()
-        lab.cold()
-        if not arguments.quick and not arguments.skip_large:
-            lab.large()
-        if not arguments.quick and not arguments.skip_onnx:
-            lab.onnx()
+        stages = [lab.routes, lab.batch, lab.default_base, lab.cold]
+        if not arguments.quick:
+            stages += [] if arguments.skip_onnx else [lab.onnx]
+            stages += [] if arguments.skip_large else [lab.large]
+        for stage in stages:
+            stage()
+            # After every stage: an interrupted run keeps what it measured.
+            write_results("export_speed" + ("-quick" if arguments.quick else ""), lab.figures, lab.raw)
     print_table(["", "median s", "least s", "most s", "peak MB", "ratio"], lab.rows)
-    write_results("export_speed" + ("-quick" if arguments.quick else ""), lab.figures, lab.raw)
 
 
 if __name__ == "__main__":
