@@ -70,8 +70,9 @@ def check_tensors(base: GgufFile, peft: PeftWeights, stored: Stored) -> list[Ten
         arrived = _share(moved, change)
         moved -= change
         wrong, size = _norm(moved), _norm(change)
-        # Gemma's norms are stored with 1 added, and rounded so.
-        weights = before + change + np.float32(architecture.norm_offset if name.endswith("norm.weight") else 0)
+        weights = np.add(before, change, out=change)
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            weights += np.float32(architecture.norm_offset)  # Gemma's norms are stored with 1 added, and rounded so
         base.release(name)
         noise = wrong / (size * moved.size**0.5) if size else 0.0
         return TensorCheck(name, _kind(module), kind, arrived, wrong / max(_norm(weights), 1e-30), noise)
