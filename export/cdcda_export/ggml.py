@@ -185,6 +185,9 @@ class Rewrite:
         data, made = np.ascontiguousarray(self.data), out.ctypes.data
         floats = data.view(np.float32).reshape(-1, columns) if self.source.name == "F32" else None
         decode = library.ggml_get_type_traits(self.source.id).contents.to_float
+        if floats is None and self.target.name == "F32" and self.change is None:
+            decode(data.ctypes.data + first * stride_in, made + first * stride_out, (last - first) * columns)
+            return
         weight_of = None if self.importance is None else np.ascontiguousarray(self.importance, np.float32)
         pointer = None if weight_of is None else weight_of.ctypes.data
         step = max(1, _CHUNK_WEIGHTS // columns)
