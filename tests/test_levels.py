@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from cdcda_export.adapter import base_warning, read_adapter, read_peft
 from cdcda_export.arrival import check_merged
-from cdcda_export.artifact import gate_of
+from cdcda_export.artifact import gate_of, types_of
 from cdcda_export.base import Base
 from cdcda_export.bundle import require_verified
 from cdcda_export.errors import ConfigError, FileError, VerificationFailed
@@ -245,6 +245,13 @@ def test_a_converted_base_keeps_its_name(tmp_path: Path) -> None:
     adapter = read_adapter(make_adapter(tmp_path / "a", path, base_model_name_or_path="org/Other-1B"), base)
     assert "trained on 'org/Other-1B', the base is 'Mine-135M'" in str(base_warning(adapter, base, "Mine-135M"))
     assert base_warning(adapter, base, "Other-1B") is None
+
+
+@pytest.mark.parametrize(("kind", "first"), [("Q4_1", "Q4_0"), ("F16", "Q4_1")])
+def test_importance_takes_no_type_that_would_find_the_bases_grid_again(kind: str, first: str, tmp_path: Path) -> None:
+    base = GgufFile(make_gguf(tmp_path / "base.gguf", kind=kind, layers=16))
+    types = types_of(ExportConfig(quant="q4_0", importance="user"), base)
+    assert types["blk.0.ffn_down.weight"].name == first and types["blk.9.ffn_down.weight"].name == "Q4_0"
 
 
 @pytest.mark.gpu

@@ -95,7 +95,14 @@ def types_of(config: ExportConfig, base: GgufFile) -> dict[str, GgmlType]:
         QuantizationError: the base's rows cannot take the quantization.
         ConfigError: an override of the recipe makes no sense.
     """
-    return choose_types(base, get_quant(config.resolved_quant), config.allow_fallback, config.tensor_types, config.importance != "none")
+    quant = get_quant(config.resolved_quant)
+    plain = choose_types(base, quant, config.allow_fallback, config.tensor_types)
+    if config.importance == "none":
+        return plain
+    weighed = choose_types(base, quant, config.allow_fallback, config.tensor_types, importance=True)
+    # llama-quantize gives a few tensors another type when it weighs. Where that is the coarse type they have in the base already, the
+    # weighted search would find the old grid again and the person's change with it be lost: those keep the plain choice.
+    return {name: plain[name] if kind == base[name].type and kind.block_size > 1 else kind for name, kind in weighed.items()}
 
 
 def gate_of(config: ExportConfig, base: GgufFile) -> Gate:

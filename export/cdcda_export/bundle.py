@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cdcda_export.base import Base
 
 BUNDLE, LICENCES = "bundle.json", "LICENCES.txt"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def kv_bytes_per_token(base: GgufFile) -> int:
@@ -99,6 +99,8 @@ def read_bundle(directory: Path) -> dict[str, Any]:
     if not outputs_intact(directory, manifest):
         raise FileError(f"{directory} was changed since it was exported; run cdcda-export again.")
     bundle: dict[str, Any] = json.loads((directory / BUNDLE).read_text(encoding="utf-8"))
+    if bundle.get("schema") != SCHEMA:
+        raise FileError(f"{directory} was exported by another version of cdcda-mobile; run cdcda-export again.")
     for entry in bundle["files"].values():
         path = directory / entry["path"]
         if not entry["beside"] and (not path.is_file() or sha256_of(path) != entry["sha256"]):

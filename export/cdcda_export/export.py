@@ -83,7 +83,7 @@ def gate_hash(config: ExportConfig, base: GgufFile) -> str:
 def reusable(stage: Stage, level: str) -> Manifest | None:
     """Return the manifest of a finished artifact that was checked at this level or a stricter one, and whose every file is there."""
     manifest = stage.finished()
-    if manifest is None or VERIFICATIONS.index(manifest.metrics["verify"]) > VERIFICATIONS.index(level):
+    if manifest is None or VERIFICATIONS.index(manifest.metrics.get("verify", "off")) > VERIFICATIONS.index(level):
         return None
     try:
         read_bundle(stage.directory)
