@@ -7,7 +7,6 @@ The routines are those of ``libggml-base`` inside the installed llama-cpp-python
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cdcda_export.errors import FileError, MissingDependency
+from cdcda_export.runtime import cpu_threads
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_threads(), thread_name_prefix="ggml")
+    return ThreadPoolExecutor(cpu_threads(), thread_name_prefix="ggml")
 
 
 class _Scratch(threading.local):
@@ -169,7 +165,7 @@ class Rewrite:
         out = np.empty(rows * row_bytes(self.target, columns), np.uint8)
         library = _library()
         library.ggml_quantize_init(self.target.id)
-        share = -(-rows // _threads())
+        share = -(-rows // cpu_threads())
         parts = [_pool().submit(self._rows, library, out, at, min(rows, at + share)) for at in range(0, rows, share)]
 
         def wait() -> np.ndarray:

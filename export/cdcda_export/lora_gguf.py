@@ -14,9 +14,8 @@ from cdcda_export.errors import AdapterError
 from cdcda_export.ggml import TYPES
 from cdcda_export.gguf import DEFAULT_ALIGNMENT, GgufFile, InMemory, TensorSource, pack_pair
 from cdcda_export.lora_card import describing_pairs
-from cdcda_export.merge import GgufResult, write_or_explain
+from cdcda_export.merge import QUANTIZATION_VERSION, GgufResult, write_or_explain
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _EMBEDDING = "token_embd.weight"
 
 
@@ -49,7 +48,7 @@ def write_lora_gguf(base: GgufFile, adapter: Adapter, path: Path) -> GgufResult:
         pack_pair("adapter.type", "lora"),
         *describing_pairs(adapter.path.absolute(), sum(delta.up.shape[0] * delta.down.shape[1] for delta in adapter.deltas.values())),
         pack_pair("adapter.lora.alpha", alpha),
-        pack_pair("general.quantization_version", _QUANTIZATION_VERSION),
+        pack_pair("general.quantization_version", QUANTIZATION_VERSION),
     ]
     tensors = [tensor for delta in adapter.deltas.values() for tensor in _pair(delta, alpha)]
     sha256 = write_or_explain(path, pairs, tensors, DEFAULT_ALIGNMENT, None)

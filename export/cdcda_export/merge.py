@@ -25,7 +25,7 @@ from cdcda_export.gguf import DEFAULT_ALIGNMENT, GgufFile, Tensor, TensorSource,
 from cdcda_export.quantization import IGNORE_IMPORTANCE, Quant, file_type_of, is_double_quantized
 
 _REWRITTEN_KEYS = ("general.file_type", "general.quantization_version")
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _AHEAD_BYTES = 8 << 20
 # Goes into the key of every cached base: raise it when the bytes written for the same inputs change.
 _CACHE_FORMAT = 1
@@ -112,7 +112,7 @@ def metadata_of(base: GgufFile, quant: Quant) -> list[bytes]:
     return [
         *pairs,
         pack_pair("general.file_type", file_type_of(base, quant)),
-        pack_pair("general.quantization_version", _QUANTIZATION_VERSION),
+        pack_pair("general.quantization_version", QUANTIZATION_VERSION),
     ]
 
 
