@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cdcda_export.errors import ConfigError
+from cdcda_export.errors import ConfigError, did_you_mean
 
 
 def setting(default: Any, help: str = "", metavar: str | None = None) -> Any:
@@ -68,6 +68,10 @@ class AugmentConfig:
             raise ConfigError("augment.keep must be 0 or more, augment.examples and augment.max_attempts at least 1.")
 
 
+# How synthetic and real records follow each other: shuffled, or every pass over the synthetic ones before the first over the real ones.
+SCHEDULES = ("mixed", "synthetic-first")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """LoRA fine-tuning of one user's adapter."""
@@ -84,10 +88,23 @@ class TrainConfig:
     patience: int = setting(3)
     evaluations_per_epoch: int = setting(2)
     max_tokens: int = setting(512)
-    synthetic_weight: float = setting(1.0)
+    # More than one weight or schedule: each pair is trained, and the real validation records choose.
+    synthetic_weight: list[float] = setting([1.0])
+    synthetic_schedule: list[str] = setting(["mixed"])
+    warm_start: str = setting("", "continue from a shared adapter (cdcda train --shared)", "DIR")
+    first_layer: int = setting(0)
+    cache_activations: bool = setting(False)
     checkpoint_steps: int = setting(5)
     threads: int = setting(0)
+    cohort: str = setting("auto", "users trained together, auto: as memory allows", "N|auto")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.epochs < 1 or self.batch_size < 1 or not self.targets:
             raise ConfigError("train.rank, train.epochs and train.batch_size must be at least 1, train.targets not empty.")
+        if not self.synthetic_weight or not self.synthetic_schedule or min(self.synthetic_weight) < 0:
+            raise ConfigError("train.synthetic_weight and train.synthetic_schedule are lists of at least one; weights are not negative.")
+        for schedule in self.synthetic_schedule:
+            if schedule not in SCHEDULES:
+                raise ConfigError(f"There is no train.synthetic_schedule '{schedule}'.{did_you_mean(schedule, SCHEDULES)}")
+        if self.cohort != "auto" and not (self.cohort.isdecimal() and int(self.cohort) > 0):
+            raise ConfigError(f"--cohort is '{self.cohort}'; give a number of users, or auto.")

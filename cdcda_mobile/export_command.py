@@ -14,6 +14,7 @@ from cdcda_export.progress import Progress, choose_progress
 
 if TYPE_CHECKING:
     from cdcda_export.base import Base
+    from cdcda_export.batch import Outcome
     from cdcda_export.export import AdapterJob
     from cdcda_mobile.pipeline import Pipeline, Step, UserJob
 
@@ -39,10 +40,23 @@ def export(arguments: argparse.Namespace, configs: Configs) -> int:
         for name in ("out", "text", "calibration"):
             if getattr(arguments, name) is not None:
                 raise ConfigError(f"--{name} goes with --adapter; a user's artifact lies in {arguments.workspace}/USER.")
+    _check_fleet(arguments)
     progress = choose_progress(arguments.quiet)
     if arguments.adapter is not None:
         return _export_adapters(arguments, configs, progress)
     return _export_users(arguments, configs, progress)
+
+
+def _check_fleet(arguments: argparse.Namespace) -> None:
+    """Refuse flags of a fleet that would do nothing.
+
+    Raises:
+        ConfigError: one would.
+    """
+    if arguments.users is None and (arguments.engine != "local" or arguments.upload):
+        raise ConfigError(f"{'--upload' if arguments.upload else '--engine ray'} is for many users; name them with --users FILE or all.")
+    if arguments.address and arguments.engine != "ray":
+        raise ConfigError("--address names a Ray cluster; add --engine ray, or leave it out.")
 
 
 def user_job(arguments: argparse.Namespace, configs: Configs, user: str) -> UserJob:
@@ -79,7 +93,9 @@ def print_json(value: object) -> None:
 def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Progress) -> int:
     from cdcda_export.artifact import check_combination
     from cdcda_export.base import Base
+    from cdcda_mobile.cohorts import cohorts_of, run_cohort
     from cdcda_mobile.pipeline import Pipeline, check_redo
+    from cdcda_mobile.upload import open_target, upload_finished
 
     if arguments.user is not None:
         pipeline = Pipeline(user_job(arguments, configs, arguments.user), progress)
@@ -88,12 +104,23 @@ def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Pro
         else:
             _show(pipeline.run(), arguments.json)
         return 0
+    if arguments.upload:
+        open_target(arguments.upload)  # a mistyped URL is told before the work, not after it
     users, base = _users(arguments, configs), Base(arguments.base, progress)
     check_combination(configs["export"], base.file)
     check_redo(user_job(arguments, configs, users[0]))
     if arguments.dry_run:
         return _plan_of_many(users, lambda user: Pipeline(user_job(arguments, configs, user), progress, base).plan(), arguments.json)
-    return _batch(users, lambda user, quiet: Pipeline(user_job(arguments, configs, user), quiet, base).run(), arguments, progress, "users")
+    jobs = [user_job(arguments, configs, user) for user in users]
+    if arguments.engine == "ray":
+        from cdcda_mobile.fleet import run_fleet
+
+        return report(run_fleet(jobs, base, progress, arguments.address or "", arguments.upload or ""), arguments.json)
+    outcomes: list[Outcome] = []
+    for cohort in cohorts_of(jobs, base):
+        done = run_cohort(cohort, progress, base)
+        outcomes += upload_finished(done, cohort, arguments.upload, progress) if arguments.upload else done
+    return report(outcomes, arguments.json)
 
 
 def _plan_of_many(users: Sequence[str], plan: Callable[[str], list[Step]], as_json: bool) -> int:
@@ -191,11 +218,17 @@ def _forbid_clashes(jobs: Sequence[AdapterJob]) -> None:
 def _batch(
     names: list[str], make: Callable[[str, Progress], dict[str, Any]], arguments: argparse.Namespace, progress: Progress, unit: str
 ) -> int:
-    from cdcda_export.batch import run_batch, summary_lines
+    from cdcda_export.batch import run_batch
 
-    outcomes = run_batch(names, make, progress, unit)
+    return report(run_batch(names, make, progress, unit), arguments.json)
+
+
+def report(outcomes: Sequence[Outcome], as_json: bool) -> int:
+    """Print what became of many exports and return the exit code: 1 where one failed."""
+    from cdcda_export.batch import summary_lines
+
     failed = sum(bool(outcome.error) for outcome in outcomes)
-    if arguments.json:
+    if as_json:
         found = [dataclasses.asdict(outcome) for outcome in outcomes]
         print_json({"exported": len(outcomes) - failed, "failed": failed, "outcomes": found})
     else:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdcda_export.artifact import check_combination
 from cdcda_export.base import Base
-from cdcda_export.errors import ConfigError, WorkspaceError
+from cdcda_export.errors import CdcdaError, ConfigError, WorkspaceError
 from cdcda_export.export import reusable, why_not_reusable
 from cdcda_export.manifest import Manifest, Stage, outputs_intact, read_manifest, sha256_file, sha256_json, write_json
 from cdcda_export.progress import Progress
@@ -18,7 +19,8 @@ from cdcda_export.recipe import ExportConfig
 from cdcda_export.report import write_report
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.history import Record, Split, read_history, records_in, split_by_time
-from cdcda_mobile.workspace import Workspace, read_lines, write_lines
+from cdcda_mobile.user_training import UserTraining, train_users
+from cdcda_mobile.workspace import Workspace, write_lines
 
 if TYPE_CHECKING:
     from cdcda_mobile.user_export import UserExport
@@ -76,6 +78,7 @@ class Pipeline:
         self.directory = self.workspace.user_directory(job.user)
         self.timings: list[dict[str, Any]] = []
         self.split: Split | None = None
+        self.augmented: Manifest | None = None
 
     # Stages: what each one depends on.
 
@@ -92,13 +95,10 @@ class Pipeline:
         config = {**asdict(self.job.augment), "teacher": teacher, "seed": self.job.seed}
         return self._stage("augment", config, {**inputs, "teacher_gguf": gguf})
 
-    def adapter_stage(self, history: Manifest, augmented: Manifest | None) -> Stage:
-        """Return the stage of the trained adapter."""
-        inputs = {f"history/{name}": history.outputs[name]["sha256"] for name in ("train.jsonl", "validation.jsonl")}
-        if augmented is not None:
-            inputs["augment/kept.jsonl"] = augmented.outputs["kept.jsonl"]["sha256"]
-        config = {key: value for key, value in asdict(self.job.train).items() if key != "checkpoint_steps"}
-        return self._stage("adapter", {**config, "seed": self.job.seed}, {"base": self.base.sha256, **inputs})
+    def training(self, history: Manifest, augmented: Manifest | None) -> UserTraining:
+        """Return the training of the adapter."""
+        redo = "adapter" in self.job.redo
+        return UserTraining(self.job.user, self.directory, self.base, self.job.train, self.job.seed, history, augmented, redo)
 
     def user_export(self, history: Manifest, adapter: Manifest, augmented: Manifest | None) -> UserExport:
         """Return the export of the finished adapter."""
@@ -131,7 +131,7 @@ class Pipeline:
         if self.job.augment.keep:
             makers.append(("augment", lambda: self._step(self.augment_stage(finished("history")))))
         augmented = (lambda: finished("augment")) if self.job.augment.keep else (lambda: None)
-        makers.append(("adapter", lambda: self._step(self.adapter_stage(finished("history"), augmented()))))
+        makers.append(("adapter", lambda: self._step(self.training(finished("history"), augmented()).stage())))
         export = self.job.export.directory
         makers.append((export, lambda: self._export_step(self.user_export(finished("history"), finished("adapter"), augmented()))))
         for name, make in makers:
@@ -153,6 +153,18 @@ class Pipeline:
         Args:
             until: ``augment`` or ``adapter`` stops after that stage and returns its metrics instead.
         """
+        with self.opened():
+            self.prepare()
+            if until == "augment":
+                return dict(self.augmented.metrics) if self.augmented else {}
+            if not self.job.export_only:
+                began, training = time.monotonic(), self.to_train()
+                self.take(train_users([training], self.progress)[0], training.reused, time.monotonic() - began)
+            return dict(self.adapter.metrics) if until == "adapter" else self.export()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the user's directory in a workspace that is bound to this job's source and base."""
         # First: a mistyped user or source must leave no folder and bind no workspace.
         if self.job.export_only:
             self._finished("adapter")
@@ -161,23 +173,39 @@ class Pipeline:
         with self.workspace.locked(self.job.user):
             # What is exported only was read long ago, from whatever source the workspace is bound to.
             self.workspace.bind(None if self.job.export_only else self._source(), self.base.sha256, self.base.name)
-            if self.job.export_only:
-                history, augmented = self._finished("history"), read_manifest(self.directory / "augment")
-                adapter = self._finished("adapter")
-            else:
-                history = self._timed("history", self.history_stage(self._split()), self._run_history)
-                augmented = None
-                if self.job.augment.keep:
-                    augmented = self._timed("augment", self.augment_stage(history), self._run_augment)
-                if until == "augment":
-                    return dict(augmented.metrics) if augmented else {}
-                adapter = self._timed("adapter", self.adapter_stage(history, augmented), self._run_train)
-            if until == "adapter":
-                return dict(adapter.metrics)
-            export = self.user_export(history, adapter, augmented)
-            stage = export.stage(self._redo_export)
-            level = self.job.export.verify
-            return self._card(self._timed(stage.name, stage, lambda s: export.run(s, self.progress), lambda stage: reusable(stage, level)))
+            yield
+
+    def prepare(self) -> None:
+        """Run the stages before the training, or find them finished where nothing is trained."""
+        if self.job.export_only:
+            self.history, self.augmented = self._finished("history"), read_manifest(self.directory / "augment")
+            self.adapter = self._finished("adapter")
+            return
+        self.history = self._timed("history", self.history_stage(self._split()), self._run_history)
+        if self.job.augment.keep:
+            self.augmented = self._timed("augment", self.augment_stage(self.history), self._run_augment)
+
+    def to_train(self) -> UserTraining:
+        """Return the training that follows ``prepare``."""
+        return self.training(self.history, self.augmented)
+
+    def take(self, trained: Manifest | CdcdaError, reused: bool, seconds: float) -> None:
+        """Go on from what became of the training.
+
+        Raises:
+            CdcdaError: it failed.
+        """
+        if isinstance(trained, CdcdaError):
+            raise trained
+        self.adapter = trained
+        self.timings.append({"name": "adapter", "seconds": seconds, "reused": reused})
+
+    def export(self) -> dict[str, Any]:
+        """Run the stages after the training and return the card."""
+        export = self.user_export(self.history, self.adapter, self.augmented)
+        stage = export.stage(self._redo_export)
+        level = self.job.export.verify
+        return self._card(self._timed(stage.name, stage, lambda s: export.run(s, self.progress), lambda stage: reusable(stage, level)))
 
     def _source(self) -> str:
         data = self.job.history.data
@@ -252,43 +280,6 @@ class Pipeline:
             progress=self.progress,
         )
         return stage.finish(result.metrics(), ["kept.jsonl", "rejected.jsonl"])
-
-    def _run_train(self, stage: Stage) -> Manifest:
-        from cdcda_mobile.dataset import check_token_ids, encoding_of
-        from cdcda_mobile.lora import save_adapter
-        from cdcda_mobile.train import Example, Trainer
-
-        config, partial = self.job.train, stage.begin()
-        encoding = encoding_of(self.base.file)
-        train, validation = self.records("train"), self.records("validation")
-        synthetic = [Record(**{k: row[k] for k in ("id", "date", "task", "input", "output")}) for row in self._synthetic_rows()]
-        self._forbid_leaks(train, synthetic)
-        probes = encoding.probes(train, config.max_tokens)
-        check_token_ids(self.base.file, encoding, probes)
-        examples = [Example(p) for p in probes]
-        examples += [Example(p, config.synthetic_weight) for p in encoding.probes(synthetic, config.max_tokens)]
-        self.progress.start("loading the base model")
-        decoder = self.base.decoder
-        self.progress.done()
-        trainer = Trainer(decoder, examples, encoding.probes(validation, config.max_tokens), config, self.job.seed, partial)
-        result = trainer.run(self.progress)
-        files = save_adapter(result.lora, result.best, config, Path(self.base.name).name.removesuffix(".gguf"), partial)
-        counts = {"train": len(train), "validation": len(validation), "synthetic": len(synthetic)}
-        return stage.finish({**result.metrics(), "records": counts, "rank": config.rank, "epochs": config.epochs}, files)
-
-    def _synthetic_rows(self) -> list[dict[str, Any]]:
-        return read_lines(self.directory / "augment" / "kept.jsonl") if self.job.augment.keep else []
-
-    def _forbid_leaks(self, train: Sequence[Record], synthetic: Sequence[Record]) -> None:
-        """Hold the rule that no test record is ever trained on.
-
-        Raises:
-            WorkspaceError: one is.
-        """
-        held_out = {(r.task, " ".join(r.input.split()).lower()) for r in (*self.records("test"), *self.records("validation"))}
-        for record in (*train, *synthetic):
-            if (record.task, " ".join(record.input.split()).lower()) in held_out:
-                raise WorkspaceError(f"Record {record.id} is in the training set and in the held-out set; run with --redo augment.")
 
     def _card(self, manifest: Manifest) -> dict[str, Any]:
         card = {**manifest.metrics["card"], "stages": self.timings, "created": manifest.created}

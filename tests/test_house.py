@@ -23,8 +23,8 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cdcda_mobile": ROOT / "cdcda_mobile", "cdcda_export": ROOT / "export" / "cdcda_export"}
 HEAVY = {
-    "llama_cpp", "onnx", "onnxruntime", "openai", "optimum", "pandas", "peft", "pyarrow", "rich", "sqlalchemy", "tokenizers",
-    "torch", "transformers",
+    "fsspec", "llama_cpp", "onnx", "onnxruntime", "openai", "optimum", "pandas", "peft", "pyarrow", "ray", "rich", "sqlalchemy",
+    "tokenizers", "torch", "transformers",
 }  # fmt: skip
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
@@ -73,7 +73,10 @@ def test_nothing_imports_the_laboratory() -> None:
 
 
 # These are made of torch; they are imported inside the verbs that train or verify.
-MADE_OF_TORCH = {"cdcda_export.decoder", "cdcda_mobile.lora", "cdcda_mobile.train"}
+MADE_OF_TORCH = {
+    "cdcda_export.decoder",
+    *(f"cdcda_mobile.training.{path.stem}" for path in (PACKAGES["cdcda_mobile"] / "training").glob("*.py") if path.stem != "__init__"),
+}
 
 
 def test_importing_any_module_loads_nothing_heavy() -> None:

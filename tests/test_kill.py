@@ -111,7 +111,7 @@ def test_killed_in_each_stage(desk: Desk, till: Till, undisturbed: tuple[str, fl
     run = desk.run
     moments: dict[str, Callable[[], bool]] = {
         "augment": lambda: 2 <= len(logged(run / "teacher" / "answers.jsonl")) < 8,
-        "adapter": lambda: (run / "adapter.partial" / "checkpoint.safetensors").exists(),
+        "adapter": lambda: any((run / "adapter.partial").glob("checkpoint-*.safetensors")),
         "gguf-q4_0": lambda: (run / "gguf-q4_0.partial").exists(),
     }
     process = spawn_self_killer(desk, 1, "/history.partial/test.jsonl")

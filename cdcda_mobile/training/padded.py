@@ -63,6 +63,7 @@ class PaddedEngine:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self.cpu_seconds = 0.0  # no pass runs in another thread
         self.layout, self.shape, self.most_tokens = layout, decoder.shape, most_tokens
         self.device = device or decoder.device
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -85,13 +86,16 @@ class PaddedEngine:
         return weight.to(self.device, self.dtype)
 
     @torch.enable_grad()
-    def gradients(self, batches: Sequence[Sequence[Row]], adapters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    def gradients(
+        self, batches: Sequence[Sequence[Row]], adapters: Sequence[Tensor], gradients: Sequence[Tensor], parts: int = 1
+    ) -> Tensor:
         """Write each user's gradient and return the losses.
 
         Args:
             batches: the rows of each user.
             adapters: the parameters of each user, shape (size,).
             gradients: where to; what stood there is lost.
+            parts: means nothing here; ``most_tokens`` decides.
 
         Returns:
             The mean loss of each user, weighted by answer token, in nats: shape (users,).
@@ -104,7 +108,7 @@ class PaddedEngine:
         return losses
 
     @torch.no_grad()
-    def nll(self, batches: Sequence[Sequence[Row]], adapters: Sequence[Tensor] | None) -> Tensor:
+    def nll(self, batches: Sequence[Sequence[Row]], adapters: Sequence[Tensor] | None, parts: int = 1) -> Tensor:
         """Return the mean negative log likelihood per answer token of each user, in nats: shape (users,); None asks the bare base."""
         flats = torch.stack(list(adapters)) if adapters else None
         counts = torch.tensor([sum(len(row.targets) for row in rows) for rows in batches])

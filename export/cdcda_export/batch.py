@@ -53,14 +53,15 @@ def run_batch(names: Sequence[str], export: Callable[[str, Progress], dict[str, 
                 outcomes += [Outcome(later, error="not tried: the disk was full") for later in names[at + 1 :]]
                 break
         else:
-            outcomes.append(_success(name, time.monotonic() - began, card))
+            outcomes.append(outcome_of(name, time.monotonic() - began, card))
         failed = sum(bool(outcome.error) for outcome in outcomes)
         progress.advance(note=f"{failed} failed" if failed else "")
     progress.done()
     return outcomes
 
 
-def _success(name: str, seconds: float, card: dict[str, Any]) -> Outcome:
+def outcome_of(name: str, seconds: float, card: dict[str, Any]) -> Outcome:
+    """Return what a card says in short."""
     artifact, reused = card["artifact"], all(stage["reused"] for stage in card["stages"])
     level, warnings = card["verification"]["level"], tuple(card.get("warnings", ()))
     return Outcome(name, seconds, artifact["file"], artifact["bytes"], level, reused, warnings=warnings)

@@ -7,6 +7,7 @@ Layouts and formulas follow transformers' ``modeling_{llama,qwen2,qwen3,gemma3}.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,14 @@ from cdcda_export.base_model import hf_tensor
 from cdcda_export.errors import FileError, UnsupportedArchitecture
 from cdcda_export.ggml import dequantize
 from cdcda_export.gguf import GgufFile
+
+# Projections that read the same input: their weights lie in one matrix, one after another.
+FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,31 @@ class Shape:
     embedding_scale: float
     activation: str
 
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
+    def is_local(self, layer: int) -> bool:
+        """Say whether a layer sees a sliding window only; Gemma 3 has five of those for each one that sees everything."""
+        return self.window > 0 and (layer + 1) % 6 != 0
+
+    def theta(self, layer: int) -> float:
+        """Return the base of a layer's rotary frequencies."""
+        return self.rope_base_local if self.is_local(layer) else self.rope_base
+
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: returning and refaulting it costs a quarter of the training time on a CPU."""
+    """Tell glibc to keep freed memory: returning and refaulting it costs a quarter of the training time on a CPU.
+
+    One arena for all threads, because the heaps of the others hold no more than 64 MB.
+    """
     if not sys.platform.startswith("linux"):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    for option in (-3, -1, -2):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, 1 << 30 if option != -2 else 1 << 26)
+    mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8
+    for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26), (arena_max, 1)):
+        mallopt(option, value)
 
 
 def _shape(base: GgufFile) -> Shape:
@@ -107,7 +133,11 @@ class Decoder:
         self.linear = [n.removesuffix(".weight") for n in self.weights if n.endswith("_proj.weight")]
         self.vocabulary = int(self.weights["lm_head.weight"].shape[0])
         self.observe: Callable[[str, Tensor], None] | None = None
-        self._rope = {theta: self._frequencies(base, theta) for theta in {self.shape.rope_base, self.shape.rope_base_local}}
+        self.fused: dict[tuple[int, str], Tensor] = {}
+        self.fused_bias: dict[tuple[int, str], Tensor] = {}
+        self._fuse()
+        self.has_qk_norm = "model.layers.0.self_attn.q_norm.weight" in self.weights
+        self.rope = {theta: self._frequencies(base, theta) for theta in {self.shape.rope_base, self.shape.rope_base_local}}
 
     def _parameter_names(self, base: GgufFile) -> Iterator[str]:
         yield "model.embed_tokens.weight"
@@ -119,6 +149,39 @@ class Decoder:
                 yield f"model.layers.{layer}.{module}.weight"
                 if f"blk.{layer}.{block}.bias" in base:
                     yield f"model.layers.{layer}.{module}.bias"
+
+    def _fuse(self) -> None:
+        """Lay projections of the same input into one matrix; their own weights become views of it."""
+        for layer in range(self.shape.layers):
+            for group, modules in FUSED.items():
+                for kind, fused in (("weight", self.fused), ("bias", self.fused_bias)):
+                    names = [f"model.layers.{layer}.{module}.{kind}" for module in modules]
+                    if names[0] not in self.weights:
+                        continue
+                    parts = [self.weights[name] for name in names]
+                    whole = fused[layer, group] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    self.weights |= zip(names, whole.split([len(part) for part in parts]), strict=True)
+
+    def folded(self, layers: Mapping[str, Lora]) -> Decoder:
+        """Return this base with an adapter added to its projections; the base itself stays as it is."""
+        model = copy.copy(self)
+        model.weights, model.fused = dict(self.weights), dict(self.fused)
+        for (layer, group), whole in self.fused.items():
+            names = [f"model.layers.{layer}.{module}" for module in FUSED[group]]
+            if not any(name in layers for name in names):
+                continue
+            whole = model.fused[layer, group] = whole.clone()
+            parts = whole.split([len(self.weights[f"{name}.weight"]) for name in names])
+            for name, part in zip(names, parts, strict=True):
+                model.weights[f"{name}.weight"] = part
+                if name in layers:
+                    part.addmm_(layers[name].up, layers[name].down, alpha=layers[name].scale)
+        return model
+
+    def norm_weight(self, name: str) -> Tensor:
+        """Return the factors of an RMS norm, shape (width,)."""
+        weight = self.weights[f"{name}.weight"]
+        return weight + self.architecture.norm_offset if self.architecture.norm_offset else weight
 
     def _frequencies(self, base: GgufFile, theta: float) -> Tensor:
         steps = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
@@ -134,7 +197,7 @@ class Decoder:
         ids = torch.tensor([token for row in rows for token in row], device=self.device)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths]).float()
         angles = {}
-        for theta, frequencies in self._rope.items():
+        for theta, frequencies in self.rope.items():
             angle = positions[:, None] * frequencies[None, :]
             whole = torch.cat((angle, angle), dim=-1)[:, None, :]
             angles[theta] = (whole.cos(), whole.sin())
@@ -152,13 +215,7 @@ class Decoder:
         return F.linear(hidden if at is None else hidden[at], self.weights["lm_head.weight"])
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self.weights[f"{name}.weight"]
-        return F.rms_norm(
-            x,
-            (x.shape[-1],),
-            weight + self.architecture.norm_offset if self.architecture.norm_offset else weight,
-            self.shape.epsilon,
-        )
+        return F.rms_norm(x, (x.shape[-1],), self.norm_weight(name), self.shape.epsilon)
 
     def _linear(self, x: Tensor, name: str, adapter: Mapping[str, Lora]) -> Tensor:
         if self.observe is not None:
@@ -186,13 +243,12 @@ class Decoder:
         self, index: int, x: Tensor, angles: dict[float, tuple[Tensor, Tensor]], lengths: list[int], adapter: Mapping[str, Lora]
     ) -> Tensor:
         shape, prefix = self.shape, f"model.layers.{index}.self_attn"
-        # Gemma 3: five layers of sliding window for each one that sees everything.
-        local = shape.window > 0 and (index + 1) % 6 != 0
-        cos, sin = angles[shape.rope_base_local if local else shape.rope_base]
+        local = shape.is_local(index)
+        cos, sin = angles[shape.theta(index)]
         q = self._linear(x, f"{prefix}.q_proj", adapter).view(-1, shape.heads, shape.head_dim)
         k = self._linear(x, f"{prefix}.k_proj", adapter).view(-1, shape.kv_heads, shape.head_dim)
         v = self._linear(x, f"{prefix}.v_proj", adapter).view(-1, shape.kv_heads, shape.head_dim)
-        if f"{prefix}.q_norm.weight" in self.weights:
+        if self.has_qk_norm:
             q, k = self._norm(q, f"{prefix}.q_norm"), self._norm(k, f"{prefix}.k_norm")
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         rows, at = [], 0
