@@ -30,6 +30,7 @@ examples:
   cdcda-export --user 42 --format gguf            sample user 42: augment, train, export, verify
   cdcda-export --user ann --data history.jsonl    your own records (JSONL, CSV, Parquet, SQL, LaMP)
   cdcda-export --users all --export-only          every user of runs/ who has an adapter, in one process
+  cdcda-export --users all --engine ray           every user of the source, cohorts as Ray tasks
   cdcda-export --adapter DIR --base base.gguf     any PEFT LoRA adapter, no user, no torch
   cdcda chat runs/42                              talk to what was exported
 """
@@ -118,6 +119,9 @@ def export_parser(prog: str) -> argparse.ArgumentParser:
     many = parser.add_argument_group("many users (instead of --user)")
     many.add_argument("--users", metavar="FILE|all", help="a file with one id per line, or all; failures are named, the others finish")
     many.add_argument("--export-only", action="store_true", help="never train: use the adapters that are there (all: all who have one)")
+    many.add_argument("--engine", choices=("local", "ray"), default="local", help="in this process, or as Ray tasks (default: local)")
+    many.add_argument("--address", metavar="ADDRESS", help="Ray cluster: auto or host:port (default: one on this machine's cores)")
+    many.add_argument("--upload", metavar="URL", help="put finished artifacts there too: anything that fsspec knows")
     return parser
 
 
