@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from cdcda_export.cache import locked
 from cdcda_export.errors import WorkspaceError
 from cdcda_export.folders import make_private
 from cdcda_export.manifest import write_atomic, write_json
@@ -80,9 +81,12 @@ class Workspace:
             bound = json.loads(path.read_text(encoding="utf-8"))
             differing = next((key for key in ("source", "base_sha256") if wanted[key] not in (None, bound[key])), None)
         except FileNotFoundError:
-            if source is not None:
-                write_json(path, wanted)
-            return
+            if source is None:
+                return
+            with locked(self.root, BINDING):  # the workers of a fleet come here at the same time
+                if not path.exists():
+                    write_json(path, wanted)
+            return self.bind(source, base_sha256, base_name)
         except OSError as error:
             raise WorkspaceError(f"{path} cannot be read or made ({error.strerror or error}); name another --workspace.") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:

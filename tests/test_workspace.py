@@ -119,3 +119,20 @@ def test_runs_are_not_written_through_links(tmp_path: Path) -> None:
     (tmp_path / "42").symlink_to("/tmp")
     with pytest.raises(WorkspaceError, match="symbolic link"):
         Workspace(tmp_path).user_directory("42")
+
+
+def _bind(root: Path, gate: multiprocessing.Barrier) -> None:  # type: ignore[valid-type]
+    gate.wait(20)  # type: ignore[attr-defined]
+    Workspace(root).bind("samples", "aa", "base.gguf")
+
+
+def test_many_processes_bind_a_new_workspace_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for round_ in range(3):
+        gate = context.Barrier(6)
+        processes = [context.Process(target=_bind, args=(tmp_path / str(round_), gate)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 6
