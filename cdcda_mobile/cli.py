@@ -36,6 +36,15 @@ examples:
 """
 
 
+_TRAIN_EXAMPLES = """\
+examples:
+  cdcda train --user 42                            one user
+  cdcda train --users all                          every user of the source, as many at once as memory holds
+  cdcda train --shared --users agreed.txt          one adapter of those who agreed, in runs/_shared/TASK/adapter
+  cdcda train --user 42 --warm-start DIR           the person on top of that one; exported as one adapter
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, with a suggestion for a mistyped flag."""
 
@@ -135,22 +144,35 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
     return {section: build_config(cls, recipe.get(section, {}), given[section]) for section, cls in SECTIONS.items()}
 
 
-def _until(stage: str) -> Callable[[argparse.Namespace], None]:
-    def verb(arguments: argparse.Namespace) -> None:
-        from cdcda_mobile.export_command import dry_run, print_json, user_job
-        from cdcda_mobile.pipeline import Pipeline
+def _augment(arguments: argparse.Namespace) -> None:
+    from cdcda_mobile.export_command import dry_run, print_json, user_job
+    from cdcda_mobile.pipeline import Pipeline
 
-        pipeline = Pipeline(user_job(arguments, _configs(arguments), arguments.user), choose_progress(arguments.quiet))
-        if arguments.dry_run:
-            dry_run(pipeline, arguments.json)
-            return
-        metrics = pipeline.run(until=stage)
-        if arguments.json:
-            print_json(metrics)
-        else:
-            print(pipeline.directory / stage)
+    pipeline = Pipeline(user_job(arguments, _configs(arguments), arguments.user), choose_progress(arguments.quiet))
+    if arguments.dry_run:
+        dry_run(pipeline, arguments.json)
+        return
+    metrics = pipeline.run(until="augment")
+    if arguments.json:
+        print_json(metrics)
+    else:
+        print(pipeline.directory / "augment")
 
-    return verb
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --user ID [options]\n       {parser.prog} --users FILE|all [--shared] [options]"
+    parser.description = "Train LoRA adapters (augments first where that is missing).\n\n" + _TRAIN_EXAMPLES
+    _add_common(parser, user=False)
+    many = parser.add_argument_group("many users (instead of --user)")
+    many.add_argument("--users", metavar="FILE|all", help="a file with one id per line, or all; they are trained as cohorts")
+    many.add_argument("--shared", action="store_true", help="one adapter of all of them, for --warm-start; needs a file of who agreed")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from cdcda_mobile.train_command import train
+
+        return train(arguments, _configs(arguments))
+
+    parser.set_defaults(function=run)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -160,10 +182,13 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _forget(arguments: argparse.Namespace) -> None:
+    from cdcda_mobile.shared import shared_with
     from cdcda_mobile.workspace import Workspace
 
     removed = Workspace(arguments.workspace).forget(arguments.user)
     print(f"Removed {len(removed)} files of user {arguments.user} from {arguments.workspace}.")
+    for directory in shared_with(arguments.workspace, arguments.user):
+        print(f"{directory} was trained on this user's records too; remove it, or train it again without them.")
 
 
 def _users(arguments: argparse.Namespace) -> None:
@@ -193,13 +218,11 @@ def main_parser() -> argparse.ArgumentParser:
         description="Personal language models that live on the phone.\n\n" + _EXAMPLES,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for name, stage, text in (
-        ("augment", "augment", "let the teacher write synthetic records for a user"),
-        ("train", "adapter", "train a user's LoRA adapter (augments first where that is missing)"),
-    ):
-        verb = verbs.add_parser(name, help=text, description=text)
-        _add_common(verb, user=True)
-        verb.set_defaults(function=_until(stage))
+    text = "let the teacher write synthetic records for a user"
+    augment = verbs.add_parser("augment", help=text, description=text)
+    _add_common(augment, user=True)
+    augment.set_defaults(function=_augment)
+    _add_train(verbs.add_parser("train", help="train LoRA adapters", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)
     chat = verbs.add_parser("chat", help="talk to an artifact")
     chat.add_argument("path", type=Path, help="a user's run (runs/42) or an artifact's directory")

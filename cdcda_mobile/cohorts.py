@@ -73,7 +73,7 @@ class _Cohort:
             if self.until == "export":
                 self._each("exporting", list(self.pipelines), self._export)
             for user, pipeline in self.pipelines.items():
-                self.outcomes.setdefault(user, Outcome(user, self.seconds[user], file=str(pipeline.directory / "adapter")))
+                self.outcomes.setdefault(user, self._trained(user, pipeline))
         return [self.outcomes[job.user] for job in self.jobs]
 
     def _each(self, label: str, users: Sequence[str], work: Callable[[str], None]) -> None:
@@ -118,6 +118,11 @@ class _Cohort:
                 pipelines[user].take(trained, reused, seconds)
             except CdcdaError as error:
                 self._fail(user, error)
+
+    def _trained(self, user: str, pipeline: Pipeline) -> Outcome:
+        size = sum(output["bytes"] for output in pipeline.adapter.outputs.values())
+        reused = all(timing["reused"] for timing in pipeline.timings)
+        return Outcome(user, self.seconds[user], str(pipeline.directory / "adapter"), size, reused=reused)
 
     def _export(self, user: str) -> None:
         if user in self.outcomes:

@@ -92,8 +92,8 @@ class TrainConfig:
     synthetic_weight: list[float] = setting([1.0])
     synthetic_schedule: list[str] = setting(["mixed"])
     warm_start: str = setting("", "continue from a shared adapter (cdcda train --shared)", "DIR")
+    # Layers below it stay as they are: half the work and less of the person. What comes out of them is computed once.
     first_layer: int = setting(0)
-    cache_activations: bool = setting(False)
     checkpoint_steps: int = setting(5)
     threads: int = setting(0)
     cohort: str = setting("auto", "users trained together, auto: as memory allows", "N|auto")

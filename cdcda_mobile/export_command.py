@@ -106,7 +106,7 @@ def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Pro
         return 0
     if arguments.upload:
         open_target(arguments.upload)  # a mistyped URL is told before the work, not after it
-    users, base = _users(arguments, configs), Base(arguments.base, progress)
+    users, base = named_users(arguments, configs), Base(arguments.base, progress)
     check_combination(configs["export"], base.file)
     check_redo(user_job(arguments, configs, users[0]))
     if arguments.dry_run:
@@ -145,7 +145,14 @@ def _plan_of_many(users: Sequence[str], plan: Callable[[str], list[Step]], as_js
     return 0
 
 
-def _users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
+def named_users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
+    """Return the users that ``--users`` names: those of a file, or all of the source (``--export-only``: all who have an adapter).
+
+    Raises:
+        FileError: the file cannot be read.
+        ConfigError: it names nobody.
+        WorkspaceError: nobody has an adapter.
+    """
     if arguments.users != "all":
         try:
             lines = Path(arguments.users).read_text(encoding="utf-8").splitlines()
@@ -155,7 +162,7 @@ def _users(arguments: argparse.Namespace, configs: Configs) -> list[str]:
         if not users:
             raise ConfigError(f"{arguments.users} names no user; write one id per line.")
         return users
-    if not arguments.export_only:
+    if not getattr(arguments, "export_only", False):
         from cdcda_mobile.history import list_users
 
         return list(list_users(configs["history"]))
@@ -223,16 +230,16 @@ def _batch(
     return report(run_batch(names, make, progress, unit), arguments.json)
 
 
-def report(outcomes: Sequence[Outcome], as_json: bool) -> int:
-    """Print what became of many exports and return the exit code: 1 where one failed."""
+def report(outcomes: Sequence[Outcome], as_json: bool, done: str = "exported") -> int:
+    """Print what became of many users or adapters and return the exit code: 1 where one failed."""
     from cdcda_export.batch import summary_lines
 
     failed = sum(bool(outcome.error) for outcome in outcomes)
     if as_json:
         found = [dataclasses.asdict(outcome) for outcome in outcomes]
-        print_json({"exported": len(outcomes) - failed, "failed": failed, "outcomes": found})
+        print_json({done: len(outcomes) - failed, "failed": failed, "outcomes": found})
     else:
-        print("\n".join(summary_lines(outcomes)))
+        print("\n".join(summary_lines(outcomes, done)))
     return 1 if failed else 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from cdcda_mobile.history import Record, records_in
 from cdcda_mobile.workspace import read_lines
 
 if TYPE_CHECKING:
-    from cdcda_mobile.training.learner import Order, TrainResult
+    from cdcda_mobile.training.learner import Order, Trained, TrainResult
 
 # What says how it is computed, not what: a checkpoint goes on under another value, and the result is the same within rounding.
-_HOW = ("checkpoint_steps", "threads", "cohort", "cache_activations")
+_HOW = ("checkpoint_steps", "threads", "cohort")
 
 
 @dataclass
@@ -88,11 +88,12 @@ class UserTraining:
 
     def finish(self, stage: Stage, results: Sequence[TrainResult]) -> Manifest:
         """Save the adapter, of several the one that the real validation records like best, and finish the stage."""
-        best = min(results, key=lambda result: result.state.best_nll)
+        chosen = min(range(len(results)), key=lambda index: results[index].state.best_nll)
+        best = results[chosen]
         mixes = list(itertools.product(self.config.synthetic_weight, self.config.synthetic_schedule))
         metrics = best.metrics() | {"records": self.counts, "rank": self.config.rank, "epochs": self.config.epochs}
         if self.counts["synthetic"]:
-            weight, schedule = mixes[results.index(best)]
+            weight, schedule = mixes[chosen]
             metrics["synthetic"] = {"weight": weight, "schedule": schedule}
         if len(results) > 1:
             tried = zip(mixes, results, strict=True)
@@ -111,8 +112,10 @@ def training_stage(directory: Path, config: TrainConfig, seed: int, inputs: dict
     return Stage(directory, {**settings, "seed": seed}, inputs, redo)
 
 
-def finish_training(stage: Stage, result: TrainResult, base: Base, config: TrainConfig, metrics: dict[str, Any]) -> Manifest:
-    """Save an adapter as peft stores it, folded together with what it was started from, and finish the stage."""
+def finish_training(
+    stage: Stage, result: TrainResult, base: Base, config: TrainConfig, metrics: dict[str, Any], more: Sequence[str] = ()
+) -> Manifest:
+    """Save an adapter as peft stores it, folded together with what it was started from, and finish the stage with ``more`` outputs."""
     from cdcda_mobile.training.lora import save_adapter
     from cdcda_mobile.training.warm_start import folded, shared_layers
 
@@ -120,7 +123,7 @@ def finish_training(stage: Stage, result: TrainResult, base: Base, config: Train
     if config.warm_start:
         layers = folded(shared_layers(Path(config.warm_start), base), layers)
     files = save_adapter(layers, Path(base.name).name.removesuffix(".gguf"), stage.partial)
-    return stage.finish(metrics, files)
+    return stage.finish(metrics, [*files, *more])
 
 
 def forbid_leaks(training: Sequence[Record], held_out: Sequence[Record]) -> None:
@@ -174,19 +177,11 @@ def _train(
     progress: Progress,
     members: Sequence[str],
 ) -> None:
-    from cdcda_mobile.training.cohort import Outcome, train_cohort
     from cdcda_mobile.training.learner import TrainResult
-    from cdcda_mobile.training.warm_start import shared_layers
 
-    base, config = trainings[0].base, trainings[0].config
-    progress.start("loading the base model")
-    decoder = base.decoder
-    if config.warm_start:
-        decoder = decoder.folded(shared_layers(Path(config.warm_start), base))
-    progress.done()
-    through: dict[int, Outcome] = {}
+    through: dict[int, Trained] = {}
 
-    def finished(at: int, outcome: Outcome) -> None:
+    def finished(at: int, outcome: Trained) -> None:
         through[at] = outcome
         owner = owners[at]
         mine = [place for place, who in enumerate(owners) if who == owner]
@@ -199,4 +194,24 @@ def _train(
         except CdcdaError as error:
             found[owner] = error
 
-    train_cohort(decoder, orders, config, progress, members, finished)
+    train_orders(trainings[0].base, orders, trainings[0].config, progress, members, finished)
+
+
+def train_orders(
+    base: Base,
+    orders: Sequence[Order],
+    config: TrainConfig,
+    progress: Progress,
+    members: Sequence[str] = (),
+    finished: Callable[[int, Trained], None] | None = None,
+) -> list[Trained]:
+    """Load the base, put the shared adapter of ``--warm-start`` into it, and train; see ``train_cohort``."""
+    from cdcda_mobile.training.cohort import train_cohort
+    from cdcda_mobile.training.warm_start import shared_layers
+
+    progress.start("loading the base model")
+    decoder = base.decoder
+    if config.warm_start:
+        decoder = decoder.folded(shared_layers(Path(config.warm_start), base))
+    progress.done()
+    return train_cohort(decoder, orders, config, progress, members, finished)

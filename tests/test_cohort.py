@@ -20,8 +20,8 @@ from cdcda_export.verify import Probe
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.dataset import check_token_ids, encoding_of
 from cdcda_mobile.history import Record
-from cdcda_mobile.training.cohort import Outcome, train_cohort
-from cdcda_mobile.training.learner import Example, Learner, Order, State, TrainResult, row_of
+from cdcda_mobile.training.cohort import train_cohort
+from cdcda_mobile.training.learner import Example, Learner, Order, State, Trained, TrainResult, row_of
 from cdcda_mobile.training.lora import Layout, save_adapter
 from cdcda_mobile.training.packed import PackedEngine
 
@@ -247,7 +247,7 @@ def test_a_folder_that_is_gone_fails_its_user_alone(decoder: Decoder, probes: li
 
 
 def test_results_are_told_as_soon_as_they_are_there(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
-    told: list[tuple[int, Outcome]] = []
+    told: list[tuple[int, Trained]] = []
     users = [order(p, tmp_path, name) for p, name in zip(probes, "abcd", strict=True)]
     found = train_cohort(decoder, users, CONFIG, Silent(), finished=lambda index, outcome: told.append((index, outcome)))
     assert sorted(index for index, _ in told) == [0, 1, 2, 3]

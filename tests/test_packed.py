@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cdcda_export.decoder import Decoder
 from cdcda_export.gguf import GgufFile
 from cdcda_mobile.training.lora import Layout
-from cdcda_mobile.training.packed import PackedEngine
+from cdcda_mobile.training.packed import PackedEngine, PackedPass
 from cdcda_mobile.training.packing import Row, pack, split
 from tiny import TARGETS
 
@@ -180,3 +180,24 @@ def test_unknown_targets_and_layers_are_refused(decoder: Decoder) -> None:
         Layout(decoder, ["q_prj"], 2, 4.0)
     with pytest.raises(ConfigError, match="the layers 0 to"):
         Layout(decoder, ["q_proj"], 2, 4.0, 99)
+
+
+def test_frozen_layers_are_computed_once_and_change_nothing(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(decoder, TARGETS, 3, 6.0, first_layer=1)
+    rows, flat = make_rows(random.Random(8), decoder.vocabulary, 6), random_adapter(layout, 0)
+    asked: list[int] = []
+    compute = PackedPass.below
+
+    def counted(self: PackedPass, layer: int) -> torch.Tensor:
+        asked.append(len(self.pack.ids))
+        return compute(self, layer)
+
+    monkeypatch.setattr(PackedPass, "below", counted)
+    engine = PackedEngine(decoder, layout)
+    for batch in (rows[:4], rows[2:], rows):
+        gradient = torch.empty(layout.size)
+        loss = engine.gradients([batch], [flat], [gradient])[0]
+        expected, by_hand = by_autograd(decoder, layout, batch, flat)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-6)
+    assert sum(asked) == sum(len(row.ids) for row in rows)

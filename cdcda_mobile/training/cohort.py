@@ -23,13 +23,11 @@ from cdcda_export.progress import Progress
 from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.training.engine import Engine, engine_of
-from cdcda_mobile.training.learner import Learner, Order, TrainResult
+from cdcda_mobile.training.learner import Learner, Order, Trained, TrainResult
 from cdcda_mobile.training.lora import Layout
 
 # Rows that fill a pass on a core: fewer leave its products below nine tenths of their speed.
 _ROWS_OF_A_PASS = 4
-
-Outcome = TrainResult | CdcdaError
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class _Event:
     index: int
     steps: int = 0
     loss: float = math.nan
-    outcome: Outcome | None = None
+    outcome: Trained | None = None
 
 
 def train_cohort(
@@ -48,8 +46,8 @@ def train_cohort(
     config: TrainConfig,
     progress: Progress,
     members: Sequence[str] = (),
-    finished: Callable[[int, Outcome], None] | None = None,
-) -> list[Outcome]:
+    finished: Callable[[int, Trained], None] | None = None,
+) -> list[Trained]:
     """Train every order to its end, or to its early stop; a failure is returned in its place and stops nobody else.
 
     Args:
@@ -69,7 +67,7 @@ def train_cohort(
     on_cpu = decoder.device.type == "cpu"
     groups = _grouped(orders, members, config, threads, on_cpu)
     parts = max(1, threads // len(groups)) if on_cpu else 1
-    outcomes: list[Outcome | None] = [None] * len(orders)
+    outcomes: list[Trained | None] = [None] * len(orders)
     with ExitStack() as stack:
         stack.enter_context(_single_threaded_products())
         pool = stack.enter_context(ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,))) if parts > 1 else None
@@ -247,14 +245,14 @@ def _label(orders: Sequence[Order]) -> str:
     return "training the adapter" if len(orders) == 1 else f"training {len(orders)} adapters"
 
 
-def _note(event: _Event, orders: Sequence[Order], outcomes: Sequence[Outcome | None]) -> str:
+def _note(event: _Event, orders: Sequence[Order], outcomes: Sequence[Trained | None]) -> str:
     loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}"
     if len(orders) == 1:
         return loss
     return f"{loss} ({orders[event.index].user}), {sum(o is not None for o in outcomes)} of {len(orders)} through"
 
 
-def _summary(outcomes: Sequence[Outcome | None]) -> str:
+def _summary(outcomes: Sequence[Trained | None]) -> str:
     if len(outcomes) == 1 and isinstance(outcomes[0], TrainResult):
         state = outcomes[0].state
         return "" if math.isinf(state.best_nll) else f"validation NLL {state.best_nll:.3f} at step {state.best_step}"

@@ -112,6 +112,10 @@ class TrainResult:
         }
 
 
+# What becomes of an order.
+Trained = TrainResult | CdcdaError
+
+
 class Learner:
     """The state of one order; resumes from its directory if a checkpoint is there.
 

@@ -29,6 +29,8 @@ Key = tuple[int, str]
 _LOGITS = 64
 # Of one pass: what its backward needs is about 0.8 MB per token with SmolLM2-135M.
 MOST_TOKENS = 1024
+# States of frozen layers that a group of users keeps: 3 000 rows of 75 tokens with SmolLM2-135M.
+_MOST_KEPT = 512 << 20
 _T = TypeVar("_T")
 
 
@@ -77,6 +79,7 @@ class PackedEngine:
     def __init__(self, decoder: Decoder, layout: Layout, pool: Executor | None = None) -> None:
         self.decoder, self.layout, self.pool = decoder, layout, pool
         self.device, self.cpu_seconds = torch.device("cpu"), 0.0
+        self.frozen = FrozenLayers(decoder, layout.first_layer)
 
     def gradients(
         self, batches: Sequence[Sequence[Row]], adapters: Sequence[Tensor], gradients: Sequence[Tensor], parts: int = 1
@@ -106,7 +109,7 @@ class PackedEngine:
                 shares[span.answers] /= totals[user]
             views = [self.layout.views(adapters[user]) for user in users]
             into = [self.layout.views(scratch[index][user]) for user in users]
-            losses = PackedPass(self.decoder, self.layout, packed, views).backward(shares, into) * shares
+            losses = PackedPass(self.decoder, self.layout, packed, views, self.frozen).backward(shares, into) * shares
             return [(user, float(losses[span.answers].sum())) for user, span in zip(users, packed.spans, strict=True)]
 
         found = torch.zeros(len(batches))
@@ -126,7 +129,8 @@ class PackedEngine:
             users = [user for user, rows in enumerate(plans[index]) if rows]
             packed = pack([plans[index][user] for user in users])
             views = [self.layout.views(adapters[user]) for user in users] if adapters else None
-            losses = PackedPass(self.decoder, self.layout if adapters else None, packed, views).losses()
+            frozen = self.frozen if adapters else None
+            losses = PackedPass(self.decoder, self.layout if adapters else None, packed, views, frozen).losses()
             return [(user, float(losses[span.answers].sum())) for user, span in zip(users, packed.spans, strict=True)]
 
         found = torch.zeros(len(batches))
@@ -153,6 +157,39 @@ class PackedEngine:
         return [found for found, _ in done]
 
 
+class FrozenLayers:
+    """What comes out of the layers below the first adapted one: the same in every epoch, so it is computed once for each row.
+
+    Args:
+        decoder: the frozen base.
+        first_layer: the lowest adapted layer; 0 leaves nothing to keep.
+    """
+
+    def __init__(self, decoder: Decoder, first_layer: int) -> None:
+        self.decoder, self.first_layer = decoder, first_layer
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+        self._bytes = 0
+
+    def __call__(self, packed: Pack) -> Tensor:
+        """Return the input of the first adapted layer: shape (tokens, hidden)."""
+        rows = {segment.row.ids: segment.row for segment in packed.segments}
+        found = {ids: self._kept[ids] for ids in rows if ids in self._kept}
+        missing = [row for ids, row in rows.items() if ids not in found]
+        if missing:
+            # Each apart, as if of different users: so that its states lie in one piece.
+            apart = pack([[row] for row in missing])
+            x = PackedPass(self.decoder, None, apart, None).below(self.first_layer)
+            for row, span in zip(missing, apart.spans, strict=True):
+                found[row.ids] = x[span.tokens].clone()
+                self._keep(row.ids, found[row.ids])
+        return torch.cat([found[s.row.ids][s.position : s.position + s.stop - s.start] for s in packed.segments])
+
+    def _keep(self, ids: tuple[int, ...], states: Tensor) -> None:
+        if self._bytes < _MOST_KEPT:
+            self._kept[ids] = states
+            self._bytes += states.nbytes
+
+
 class PackedPass:
     """One pass of a pack through the base, with an adapter for each span.
 
@@ -161,9 +198,13 @@ class PackedPass:
         layout: of the adapters.
         pack: the rows.
         adapters: each span's parameters as ``Layout.views`` gives them; None for the bare base.
+        frozen: gives what comes out of the layers below the adapted ones; None computes it.
     """
 
-    def __init__(self, decoder: Decoder, layout: Layout | None, pack: Pack, adapters: Sequence[Views] | None) -> None:
+    def __init__(
+        self, decoder: Decoder, layout: Layout | None, pack: Pack, adapters: Sequence[Views] | None, frozen: FrozenLayers | None = None
+    ) -> None:
+        self.frozen = frozen
         self.decoder, self.shape, self.layout, self.pack = decoder, decoder.shape, layout, pack
         self.adapters = adapters or ()
         self.gradients: Sequence[Views] = ()
@@ -193,16 +234,24 @@ class PackedPass:
     # Forward.
 
     def _forward(self, keep: bool) -> tuple[Tensor, list[_Saved]]:
+        first = self.layout.first_layer if self.layout else 0
+        x = self.below(first) if self.frozen is None or not first else self.frozen(self.pack)
+        saved = []
+        for layer in range(first, self.shape.layers):
+            x, one = self._layer(layer, x)
+            if keep:
+                saved.append(one)
+        return x, saved
+
+    @torch.no_grad()
+    def below(self, layer: int) -> Tensor:
+        """Return the input of a layer: shape (tokens, hidden)."""
         x = F.embedding(self.pack.ids, self.decoder.weights["model.embed_tokens.weight"])
         if self.shape.embedding_scale != 1.0:
             x *= self.shape.embedding_scale
-        saved = []
-        first = self.layout.first_layer if self.layout else 0
-        for layer in range(self.shape.layers):
-            x, one = self._layer(layer, x)
-            if keep and layer >= first:
-                saved.append(one)
-        return x, saved
+        for index in range(layer):
+            x, _ = self._layer(index, x)
+        return x
 
     def _layer(self, layer: int, x: Tensor) -> tuple[Tensor, _Saved]:
         prefix, post = f"model.layers.{layer}", self.shape.window > 0

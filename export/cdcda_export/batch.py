@@ -67,8 +67,8 @@ def outcome_of(name: str, seconds: float, card: dict[str, Any]) -> Outcome:
     return Outcome(name, seconds, artifact["file"], artifact["bytes"], level, reused, warnings=warnings)
 
 
-def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return one line for every export, the failed ones last, and one for all of them."""
+def summary_lines(outcomes: Sequence[Outcome], done: str = "exported") -> list[str]:
+    """Return one line for every one of them, the failed ones last, and one for all; ``done`` is what was done with them."""
     good, bad = [o for o in outcomes if not o.error], [o for o in outcomes if o.error]
     width = max((len(outcome.name) for outcome in outcomes), default=0)
     lines = []
@@ -78,8 +78,8 @@ def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
         lines += [f"        {'':<{width}}  warning: {clean(text)}" for text in o.warnings]
     lines += [f"FAILED  {o.name:<{width}}  {o.error}" for o in bad]
     reused, seconds = sum(o.reused for o in good), sum(o.seconds for o in outcomes)
-    lines.append(f"{len(good)} exported ({reused} of them reused), {len(bad)} failed, {duration(seconds)}")
+    lines.append(f"{len(good)} {done} ({reused} of them reused), {len(bad)} failed, {duration(seconds)}")
     return lines
 
 
-_LEVELS = {"full": "verified       ", "quick": "checked quickly", "off": "not verified   "}
+_LEVELS = {"full": "verified       ", "quick": "checked quickly", "off": "not verified   ", "": "trained        "}
