@@ -222,18 +222,28 @@ def _training_lines(card: Mapping[str, Any]) -> list[str]:
         return [NOT_APPLICABLE]
     records = [f"{n} {name}" for name, n in part(found, "records").items() if finite(n)]
     lines = ["records: " + ", ".join(map(clean, records))] if records else []
-    templates = {"Rank": "rank {}", "Epochs": "{} epochs", "Steps": "{} steps", "Best step": "best {}", "Peak memory": "peak {}"}
+    templates = {
+        "Rank": "rank {}",
+        "Epochs": "{} epochs",
+        "Steps": "{} steps",
+        "Best step": "best {}",
+        "Peak memory": "peak {}",
+        "Synthetic records": "synthetic: {}",
+        "CPU time": "{} of CPU",
+    }
     lines.append(", ".join(templates.get(name, "{}").format(value) for name, value in training_facts(found)))
     return [line for line in lines if line]
 
 
 def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of what is known of a training run, its records and curve aside."""
-    speed = finite(training.get("tokens_per_second"))
+    speed, mix = finite(training.get("tokens_per_second")), part(training, "synthetic")
     found = [
         *((name, number(training.get(key), 0)) for name, key in (("Rank", "rank"), ("Epochs", "epochs"), ("Steps", "steps"))),
         ("Best step", number(training.get("best_step"), 0)),
+        ("Synthetic records", f"weight {number(mix.get('weight'), 2)}, {clean(mix.get('schedule'))}" if mix else "n/a"),
         ("Time", duration(training.get("seconds"))),
+        ("CPU time", duration(training.get("cpu_seconds"))),
         ("Speed", "n/a" if speed is None else f"{speed:.0f} tokens/s"),
         ("Peak memory", size(training.get("peak_rss_bytes"))),
     ]
