@@ -38,8 +38,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
 
 
-def write_results(name: str, figures: Mapping[str, float], raw: Mapping[str, Any]) -> Path:
-    """Write ``results/<name>.json``: figures first, raw samples, versions, hardware, date."""
+def write_results(name: str, figures: Mapping[str, float | None], raw: Mapping[str, Any]) -> Path:
+    """Write ``results/<name>.json``: figures first (None: not measured), raw samples, versions, hardware, date."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {

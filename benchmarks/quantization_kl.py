@@ -42,8 +42,8 @@ CELLS: tuple[Cell, ...] = (
 _RESAMPLES = 10_000
 
 
-def newest_records(data: Path, folder: Path, users: int) -> tuple[Path, list[str]]:
-    """Write the newest records of the users with the most of them, and return the file and the users."""
+def newest_records(data: Path, folder: Path, users: int, records: int = RECORDS) -> tuple[Path, list[str]]:
+    """Write the newest records of users who have at least ``RECORDS`` of them, and return the file and the users."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with gzip.open(data / "personal" / "headlines.jsonl.gz", "rt", encoding="utf-8") as stream:
         for line in stream:
@@ -52,7 +52,7 @@ def newest_records(data: Path, folder: Path, users: int) -> tuple[Path, list[str
     chosen = sorted((user for user in rows if len(rows[user]) >= RECORDS), key=str)[:users]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
-    kept = [row for user in chosen for row in rows[user][-RECORDS:]]
+    kept = [row for user in chosen for row in rows[user][-records:]]
     write_lines(path, kept)
     return path, chosen
 

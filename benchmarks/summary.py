@@ -36,7 +36,8 @@ def render() -> str:
         hardware = result["hardware"]
         where = f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB, {result['date']}"
         rows = [f"| {name} | {'not measured' if value is None else f'{value:.4g}'} |" for name, value in result["figures"].items()]
-        parts.append("\n".join([f"## {path.stem}", "", _claim(path.stem), "", f"| {where} | |", "|---|---|", *rows, ""]))
+        plot = [f"![{path.stem}](results/{path.stem}.svg)", ""] if path.with_suffix(".svg").exists() else []
+        parts.append("\n".join([f"## {path.stem}", "", _claim(path.stem), "", f"| {where} | |", "|---|---|", *rows, "", *plot]))
     return "\n".join(parts)
 
 

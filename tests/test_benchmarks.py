@@ -1,9 +1,11 @@
-"""The laboratory: the page of results is what the results say, and a result names its machine and never a record."""
+"""The laboratory: the page of results is what the results say, a result names its machine, and the peer of training is a fair one."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -21,3 +23,43 @@ def test_a_result_says_where_it_was_measured(path: Path) -> None:
     assert result["figures"] and result["raw"] and result["versions"]["python"] and result["hardware"]["cores"]
     assert all(value is None or isinstance(value, int | float) for value in result["figures"].values())
     assert (Path(__file__).parent.parent / "benchmarks" / f"{path.stem}.py").exists()
+
+
+def test_a_plot_is_xml_and_holds_every_point() -> None:
+    from plot import Panel, svg
+
+    root = ElementTree.fromstring(svg([Panel("a < b", "users", "s", ["1", "2"], {"ours": [3.0, 2.0], "peer": [4.0, 4.0]})]))
+    assert len(root.findall(".//{*}circle")) == 4
+
+
+def test_the_clock_knows_the_parts_of_a_training() -> None:
+    from training_profile import _PARTS
+
+    assert [name for owner, name, _ in _PARTS if not hasattr(owner, name)] == []
+
+
+def test_the_peer_of_training_takes_the_same_steps(llama_base: Path, tmp_path: Path) -> None:
+    """PEFT and Trainer with gradient accumulation reach our losses: same rows, rates, first values and weighting of tokens."""
+    from cdcda_export.base_model import load_base_model
+    from cdcda_export.decoder import Decoder
+    from cdcda_export.gguf import GgufFile
+    from cdcda_export.progress import Silent
+    from cdcda_export.verify import Probe
+    from cdcda_mobile.config import TrainConfig
+    from cdcda_mobile.training.cohort import train_cohort
+    from cdcda_mobile.training.learner import Example, Order, TrainResult
+    from peer_training import Peer, PeerOptions
+
+    base, config = GgufFile(llama_base), TrainConfig(rank=2, learning_rate=0.02, batch_size=4, threads=1)
+    probes = [Probe("", "", tuple(range(20, 23 + n % 5)), tuple(range(40 + n, 42 + n + n % 3))) for n in range(14)]
+    order = Order("ann", [Example(probe) for probe in probes[:10]], probes[10:], tmp_path)
+    (ours,) = train_cohort(Decoder(base), [order], config, Silent())
+    assert isinstance(ours, TrainResult)
+    want = [point["validation_nll"] for point in ours.state.curve]
+    assert want[-1] < want[0] - 0.01
+    for batch in (1, 4):
+        directory = tmp_path / f"batch-{batch}"
+        run = Peer(base, load_base_model(base), config, PeerOptions(batch)).train(replace(order, directory=directory))
+        found = [point["validation_nll"] for point in run.curve if "validation_nll" in point]
+        assert found == pytest.approx(want, rel=1e-4)
+        assert (directory / "adapter_model.safetensors").exists() and len(run.steps) == ours.state.step
