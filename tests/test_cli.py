@@ -319,7 +319,7 @@ def test_no_room_left(limit: int, redo: str, desk: Desk, finished: Desk) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_training_and_resumed(number: signal.Signals, tmp_path: Path, endpoint: FakeEndpoint, finished: Desk) -> None:
-    desk = set_table(tmp_path, endpoint, finished.base, epochs=40)
+    desk = set_table(tmp_path, endpoint, finished.base, epochs=20)
     process = spawn(desk.arguments(), desk.folder)
     partial = desk.run / "adapter.partial"
     assert wait_until(lambda: any(partial.glob("checkpoint-*.safetensors")), process)

@@ -26,7 +26,7 @@ from cdcda_mobile.training.packing import Pack, Row, Segment, pack, split
 Views = dict[tuple[int, str], tuple[Tensor, list[Tensor]]]
 Key = tuple[int, str]
 # Answer positions whose logits exist at the same time: 64 of SmolLM2's vocabulary are 13 MB, which the cache holds.
-_LOGITS = 64
+_LOGITS = 256
 # Of one pass: what its backward needs is about 0.8 MB per token with SmolLM2-135M.
 MOST_TOKENS = 1024
 # States of frozen layers that a group of users keeps: 3 000 rows of 75 tokens with SmolLM2-135M.
@@ -259,9 +259,13 @@ class PackedPass:
         qkv = self._affine(normed, (layer, "qkv"))
         heads, scales_qk = self._rotate(layer, qkv)
         attended, probabilities = self._attention(layer, heads)
+        below = x
+        if self._is_last(layer):
+            # Nobody attends to what follows: from here on the predicting tokens are enough.
+            attended, below = attended[self.pack.at], x[self.pack.at]
         out = self._affine(attended, (layer, "o"))
         projected, scale_out = self._norm(out, f"{prefix}.post_attention_layernorm") if post else (out, None)
-        middle = projected.add_(x)
+        middle = projected.add_(below)
         inner, scale_middle = self._norm(middle, self._inner_norm(prefix))
         gate_up = self._affine(inner, (layer, "gate_up"))
         gate, up = gate_up.chunk(2, dim=-1)
@@ -284,6 +288,14 @@ class PackedPass:
             scale_down=scale_down,
         )
         return result.add_(middle), saved
+
+    def _is_last(self, layer: int) -> bool:
+        return layer == self.shape.layers - 1
+
+    def _spans(self, key: Key) -> list[slice]:
+        """Return the rows of each user in a fused group's input: tokens, or predictions behind the last attention."""
+        behind = self._is_last(key[0]) and key[1] != "qkv"
+        return [span.answers if behind else span.tokens for span in self.pack.spans]
 
     def _inner_norm(self, prefix: str) -> str:
         return f"{prefix}.{'pre_feedforward' if self.shape.window > 0 else 'post_attention'}_layernorm"
@@ -309,11 +321,11 @@ class PackedPass:
         if self.layout is None or not self.adapters or key not in self.layout.parts:
             return y
         part, rank, reduced = self.layout.parts[key], self.layout.rank, []
-        for span, views in zip(self.pack.spans, self.adapters, strict=True):
+        for rows, views in zip(self._spans(key), self.adapters, strict=True):
             down, ups = views[key]
-            low = matmul(x[span.tokens], down.t())
+            low = matmul(x[rows], down.t())
             for index, (columns, up) in enumerate(zip(part.columns, ups, strict=True)):
-                y[span.tokens, columns].addmm_(low[:, index * rank : (index + 1) * rank], up, alpha=self.layout.scale)
+                y[rows, columns].addmm_(low[:, index * rank : (index + 1) * rank], up, alpha=self.layout.scale)
             reduced.append(low)
         self.reduced[key] = reduced
         return y
@@ -329,17 +341,18 @@ class PackedPass:
         if self.layout is None or key not in self.layout.parts:
             return
         part, rank, scale = self.layout.parts[key], self.layout.rank, self.layout.scale
-        for span, views, gradients, low in zip(self.pack.spans, self.adapters, self.gradients, self.reduced.pop(key), strict=True):
+        everyone = zip(self._spans(key), self.adapters, self.gradients, self.reduced.pop(key), strict=True)
+        for rows, views, gradients, low in everyone:
             (down, ups), (d_down, d_ups) = views[key], gradients[key]
             d_low = torch.empty_like(low)
             for index, (columns, up, d_up) in enumerate(zip(part.columns, ups, d_ups, strict=True)):
-                own, at = dy[span.tokens, columns], slice(index * rank, (index + 1) * rank)
+                own, at = dy[rows, columns], slice(index * rank, (index + 1) * rank)
                 d_low[:, at] = matmul(own, up.t())
                 d_up.addmm_(low[:, at].t(), own, alpha=scale)
             d_low.mul_(scale)
-            d_down.addmm_(d_low.t(), x[span.tokens])
+            d_down.addmm_(d_low.t(), x[rows])
             if dx is not None:
-                dx[span.tokens].addmm_(d_low, down)
+                dx[rows].addmm_(d_low, down)
 
     # Rotary attention.
 
@@ -464,6 +477,8 @@ class PackedPass:
         if saved.out is not None and saved.scale_out is not None:
             d = self._norm_backward(d_middle.clone(), saved.out, saved.scale_out, f"{prefix}.post_attention_layernorm")
         d_attended = self._affine_backward(d, saved.attended, (layer, "o"))
+        if self._is_last(layer):
+            d_attended, d_middle = self._scattered(d_attended), self._scattered(d_middle)
         d_qkv = self._rotate_backward(layer, self._attention_backward(d_attended, saved.heads, saved.probabilities), saved)
         normed = (saved.x * saved.scale_in).mul_(self.decoder.norm_weight(f"{prefix}.input_layernorm"))
         if lowest:
@@ -475,9 +490,13 @@ class PackedPass:
     # The loss.
 
     def _cross_entropy(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the loss of each answer token and, where weights are given, the gradient of ``x``: the logits exist in parts only."""
-        chosen = x[self.pack.at]
-        normed, scale = self._norm(chosen, "model.norm")
+        """Return the loss of each answer token and, where weights are given, the gradient of ``x``: the logits exist in parts only.
+
+        Args:
+            x: what the last layer made of the predicting tokens, shape (answers, hidden).
+            weights: of each loss.
+        """
+        normed, scale = self._norm(x, "model.norm")
         head, targets = self.decoder.weights["lm_head.weight"], self.pack.targets
         losses, d_normed = torch.empty(len(targets)), torch.empty_like(normed)
         for start in range(0, len(targets), _LOGITS):
@@ -491,8 +510,11 @@ class PackedPass:
                 d_normed[part] = matmul(share.mul_(weights[part, None]), head)
         if weights is None:
             return losses, x
-        d_chosen = self._norm_backward(d_normed, chosen, scale, "model.norm")
-        return losses, torch.zeros_like(x).index_add_(0, self.pack.at, d_chosen)
+        return losses, self._norm_backward(d_normed, x, scale, "model.norm")
+
+    def _scattered(self, d: Tensor) -> Tensor:
+        """Return the gradient of all tokens from that of the predicting ones."""
+        return torch.zeros(len(self.pack.ids), d.shape[1]).index_add_(0, self.pack.at, d)
 
 
 def _angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
