@@ -20,23 +20,25 @@ import torch
 from cdcda_export.decoder import Decoder
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.training import packed, packing
+from cdcda_mobile.training.attention import Attention
 from cdcda_mobile.training.learner import Learner, Order
 from cdcda_mobile.training.lora import Layout
+from cdcda_mobile.training.packed_pass import PackedPass
 from cdcda_mobile.training.packing import Pack, Row
 
 _EVALUATION = "evaluation"
 # Owner, function, what the time is called that is spent in it and not in another of the list.
 _PARTS: tuple[tuple[Any, str, str], ...] = (
-    (packed.PackedPass, "losses", _EVALUATION),
-    (packed.PackedPass, "backward", "elementwise"),
-    (packed.PackedPass, "_affine", "adapter products"),
-    (packed.PackedPass, "_affine_backward", "adapter products"),
-    (packed.PackedPass, "_adapter_backward", "adapter products"),
-    (packed.PackedPass, "_attention", "attention"),
-    (packed.PackedPass, "_attention_backward", "attention"),
-    (packed.PackedPass, "_rotate", "attention"),
-    (packed.PackedPass, "_rotate_backward", "attention"),
-    (packed.PackedPass, "_cross_entropy", "loss without its products"),
+    (PackedPass, "losses", _EVALUATION),
+    (PackedPass, "backward", "elementwise"),
+    (PackedPass, "_affine", "adapter products"),
+    (PackedPass, "_affine_backward", "adapter products"),
+    (PackedPass, "_adapter_backward", "adapter products"),
+    (Attention, "forward", "attention"),
+    (Attention, "backward", "attention"),
+    (PackedPass, "_rotate", "attention"),
+    (PackedPass, "_rotate_backward", "attention"),
+    (PackedPass, "_cross_entropy", "loss without its products"),
     (packed, "pack", "packing"),
     (packed, "split", "packing"),
     (packing.Pack, "mask", "packing"),
@@ -92,8 +94,8 @@ class Counter:
         self.layout = Layout(decoder, config.targets, config.rank, config.alpha)
         self.passes: list[tuple[bool, int, int, int]] = []
         for name, trains in (("backward", True), ("losses", False)):
-            original = getattr(packed.PackedPass, name)
-            setattr(packed.PackedPass, name, self._noting(original, trains))
+            original = getattr(PackedPass, name)
+            setattr(PackedPass, name, self._noting(original, trains))
 
     def _noting(self, original: Callable[..., Any], trains: bool) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from cdcda_export.decoder import Decoder
 from cdcda_export.gguf import GgufFile
 from cdcda_mobile.training.lora import Layout
-from cdcda_mobile.training.packed import PackedEngine, PackedPass
+from cdcda_mobile.training.packed import PackedEngine
+from cdcda_mobile.training.packed_pass import PackedPass
 from cdcda_mobile.training.packing import Row, pack, split
 from tiny import TARGETS
 

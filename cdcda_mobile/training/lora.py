@@ -15,6 +15,9 @@ from cdcda_export.decoder import FUSED, Decoder, Lora
 from cdcda_export.errors import ConfigError, did_you_mean
 from cdcda_export.manifest import write_atomic, write_json
 
+# By layer and fused group: A of its adapted modules, stacked (modules * rank, in), and B of each, transposed (rank, out).
+Views = dict[tuple[int, str], tuple[Tensor, list[Tensor]]]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -69,9 +72,9 @@ class Layout:
                     at += rank * (len(names) * inputs + sum(c.stop - c.start for c in columns))
         self.size = at
 
-    def views(self, flat: Tensor) -> dict[tuple[int, str], tuple[Tensor, list[Tensor]]]:
+    def views(self, flat: Tensor) -> Views:
         """Return ``A`` stacked and ``B`` of each module transposed, as views of one user's parameters (or gradients)."""
-        found = {}
+        found: Views = {}
         for key, part in self.parts.items():
             at = part.start + len(part.names) * self.rank * part.inputs
             down, ups = flat[part.start : at].view(-1, part.inputs), []
