@@ -67,9 +67,11 @@ def run_fleet(
         MissingDependency: Ray is not installed.
     """
     longest = max(map(len, cohorts_of(jobs, base)))
+    progress.start(f"connecting to Ray at {address}" if address else "starting Ray")
     # Ray prints to standard output what it thinks of dying workers; that one belongs to the summary.
     with contextlib.redirect_stdout(io.StringIO()), cluster(address) as ray:
         share = share_of(ray, jobs)
+        progress.done(f"{share.workers} workers of {share.cores} cores".replace("1 cores", "1 core"))
         most = longest if jobs[0].train.cohort != "auto" else max(1, longest // share.beside)
         view = choose_view(len(jobs), progress)
         try:

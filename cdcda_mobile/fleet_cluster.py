@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from cdcda_mobile.pipeline import UserJob
 # What a node's processes need and may know: Ray writes it into its logs.
 _NOT_SECRET = ("GOMP_SPINCOUNT", "OPENBLAS_NUM_THREADS")
 _OBJECT_STORE_BYTES = 100 << 20  # our objects are small: jobs in, outcomes out
+_KNOCK_S = 10.0
 _LONGEST_FOLDER = 40  # Ray's sockets lie 60 characters deeper, and 107 are the limit
 
 
@@ -71,6 +73,7 @@ def _connect(ray: Any, address: str, folder: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address:
+            _probe(address)
             variables = {name: os.environ[name] for name in _NOT_SECRET if name in os.environ}
             ray.init(address, runtime_env={"env_vars": variables}, **quiet)
         else:
@@ -78,7 +81,23 @@ def _connect(ray: Any, address: str, folder: str) -> None:
             ray.init("local", num_cpus=cpu_threads(), **own, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         what = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        raise ConfigError(f"Cannot use {what}: {' '.join(str(error).split()).rstrip('.')}.") from error
+        hint = "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if isinstance(error, ConnectionError) else ""
+        raise ConfigError(f"Cannot use {what} ({' '.join(str(error).split()).rstrip('.')}){hint}.") from error
+
+
+def _probe(address: str) -> None:
+    """Knock at an address: Ray itself would do so for eight minutes, with a warning every few seconds.
+
+    Raises:
+        OSError: nobody answers.
+        ValueError: it is no address.
+    """
+    if "://" in address:
+        raise ValueError("it is the address of a Ray client; name the cluster's own, as host:port, or auto on one of its nodes")
+    host, colon, port = address.rpartition(":")
+    if colon:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S):
+            pass
 
 
 def _short_folder() -> str:

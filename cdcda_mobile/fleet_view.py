@@ -180,20 +180,21 @@ class Table(Lines):
         self._screen.update(self.table(), refresh=True)
 
     def table(self) -> Any:
-        """Return the table as it is now."""
+        """Return the table as it is now, below the totals."""
         from rich import box
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table as Grid
         from rich.text import Text
 
         waiting = len(self.names.keys() - self.states.keys())
-        title = self.totals() + (f", {waiting} cohorts waiting" if waiting else "")
-        grid = Grid("users", "step", "", "", "", "on", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        title = self.totals() + (f", {waiting} cohort{'s' if waiting > 1 else ''} waiting" if waiting else "")
+        grid = Grid("users", "step", "", "", "", "on", box=box.SIMPLE_HEAD, pad_edge=False)
         for cohort, event in sorted(self.states.items()):
             bar = ProgressBar(total=event.total or None, completed=event.done, width=16) if event.total else Text("")
             count = f"{event.done}/{event.total} {event.unit}" if event.total else ""
             grid.add_row(*(Text(t) for t in (self.names[cohort], event.label)), bar, *(Text(t) for t in (count, event.note, event.where)))
-        return grid
+        return Group(Text(title), grid) if self.states else Text(title)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
