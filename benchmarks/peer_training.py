@@ -34,9 +34,9 @@ from transformers.utils import logging
 from cdcda_export.gguf import GgufFile
 from cdcda_export.tokenizer import bpe_tokenizer
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.training.learner import Order
 from cdcda_mobile.training.lora import Layout
 from cdcda_mobile.training.packing import Row
+from cdcda_mobile.training.schedule import Order, row_of
 from training_profile import Schedule, schedule_of
 
 _IGNORED = -100
@@ -188,7 +188,7 @@ class Peer:
 
     def _data(self, order: Order, schedule: Schedule) -> tuple[list[dict[str, list[int]]], _InOrder]:
         """Return the training records and, for every epoch, their places in the order of our steps."""
-        rows = [example.row() for example in order.examples]
+        rows = [row_of(example.probe, example.weight) for example in order.examples]
         places = {row: at for at, row in enumerate(rows)}
         per_epoch = len(schedule.rows) // self.config.epochs
         epochs = []

@@ -25,7 +25,7 @@ def peak_mb() -> float:
 def orders_of(specification: dict[str, Any], folder: Path) -> list[Any]:
     """Return the users as orders."""
     from cdcda_export.verify import Probe
-    from cdcda_mobile.training.learner import Example, Order
+    from cdcda_mobile.training.schedule import Example, Order
 
     orders = []
     for at, user in enumerate(specification["users"]):
@@ -139,7 +139,7 @@ def run_jobs(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     from cdcda_export.base import Base
     from cdcda_export.progress import Silent
     from cdcda_mobile.cohorts import run_cohort
-    from cdcda_mobile.fleet import run_fleet
+    from cdcda_mobile.fleet.driver import run_fleet
 
     jobs, work = jobs_of(specification, folder), functools.partial(run_cohort, until="adapter")
     fleet = specification["who"] == "fleet"

@@ -19,12 +19,14 @@ import torch
 
 from cdcda_export.decoder import Decoder
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.training import packed, packing
+from cdcda_mobile.training import packed, packed_pass, packing
+from cdcda_mobile.training import schedule as schedules
 from cdcda_mobile.training.attention import Attention
-from cdcda_mobile.training.learner import Learner, Order
+from cdcda_mobile.training.learner import Learner
 from cdcda_mobile.training.lora import Layout
 from cdcda_mobile.training.packed_pass import PackedPass
 from cdcda_mobile.training.packing import Pack, Row
+from cdcda_mobile.training.schedule import Order
 
 _EVALUATION = "evaluation"
 # Owner, function, what the time is called that is spent in it and not in another of the list.
@@ -48,7 +50,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (Learner, "judge", "optimizer"),
     (Learner, "save", "checkpoints"),
 )
-_ROWS_OF_A_PRODUCT, _ROWS_OF_LOGITS = (64, 128, 256, 512, 1024), 64
+_ROWS_OF_A_PRODUCT, _ROWS_OF_LOGITS = (64, 128, 256, 512, 1024), 256
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,10 @@ class Schedule:
 
 def schedule_of(order: Order, config: TrainConfig, layout: Layout) -> Schedule:
     """Return the steps of an order."""
-    learner = Learner(order, config, layout, torch.empty(layout.size), parts=1)
-    rows, rates = [], []
-    for step in range(learner.total_steps):
-        learner.state.step = step
-        rows.append(learner.batch())
-        rates.append(learner.learning_rate())
-    return Schedule(rows, rates, learner.best, learner.evaluate_every, learner.validation)
+    ours = schedules.Schedule(order, config)
+    steps = range(ours.total_steps)
+    rows, rates = [ours.batch(step) for step in steps], [ours.learning_rate(step) for step in steps]
+    return Schedule(rows, rates, layout.initial(order.seed), ours.evaluate_every, [schedules.row_of(probe) for probe in order.validation])
 
 
 class Counter:
@@ -168,7 +167,7 @@ class ExclusiveClock:
         self.missing: list[str] = []
         for owner, name, part in _PARTS:
             self._wrap(owner, name, lambda *_, part=part: part)
-        self._wrap(packed, "matmul", self._product)
+        self._wrap(packed_pass, "matmul", self._product)
 
     def shares(self, thread_seconds: float) -> dict[str, Any]:
         """Return the share of each part in all threads' time; what is left waited, or was in none of the parts."""

@@ -40,7 +40,7 @@ _TRAIN_EXAMPLES = """\
 examples:
   cdcda train --user 42                            one user
   cdcda train --users all                          every user of the source, as many at once as memory holds
-  cdcda train --shared --users agreed.txt          one adapter of those who agreed, in runs/_shared/TASK/adapter
+  cdcda train --shared --users agreed.txt          one adapter of those who agreed; prints its DIR
   cdcda train --user 42 --warm-start DIR           the person on top of that one; exported as one adapter
 """
 
@@ -185,10 +185,10 @@ def _forget(arguments: argparse.Namespace) -> None:
     from cdcda_mobile.shared import shared_with
     from cdcda_mobile.workspace import Workspace
 
+    for directory in shared_with(arguments.workspace, arguments.user):
+        print(f"{directory} was learned from this user's records too; remove it, or train it again without them.")
     removed = Workspace(arguments.workspace).forget(arguments.user)
     print(f"Removed {len(removed)} files of user {arguments.user} from {arguments.workspace}.")
-    for directory in shared_with(arguments.workspace, arguments.user):
-        print(f"{directory} was trained on this user's records too; remove it, or train it again without them.")
 
 
 def _users(arguments: argparse.Namespace) -> None:

@@ -31,17 +31,30 @@ def cohorts_of(jobs: Sequence[UserJob], base: Base) -> list[list[UserJob]]:
     Raises:
         ConfigError: a user is named twice.
     """
+    refuse_twice(jobs)
+    job = jobs[0]
+    if job.export_only:
+        size = _MOST
+    elif job.train.cohort != "auto":
+        size = int(job.train.cohort)
+    else:
+        name = sha256_json([[job.user for job in jobs], asdict(job.train), job.seed, base.sha256])[:12]
+        record = job.workspace / "_cohorts" / f"{name}.json"
+        size = _recorded(record) or _fitting(base, job.train)
+        write_json(record, {"size": size, "users": len(jobs)})
+    return [list(jobs[at : at + size]) for at in range(0, len(jobs), size)]
+
+
+def refuse_twice(jobs: Sequence[UserJob]) -> None:
+    """Refuse a user who is named twice.
+
+    Raises:
+        ConfigError: one is.
+    """
     users = [job.user for job in jobs]
     twice = sorted({user for user in users if users.count(user) > 1})
     if twice:
-        raise ConfigError(f"'{twice[0]}' is named twice; one run exports each of the users once.")
-    job = jobs[0]
-    if job.export_only:
-        return [list(jobs)]
-    record = job.workspace / "_cohorts" / f"{sha256_json([users, asdict(job.train), job.seed, base.sha256])[:12]}.json"
-    size = int(job.train.cohort) if job.train.cohort != "auto" else _recorded(record) or _fitting(base, job.train)
-    write_json(record, {"size": size, "users": len(users)})
-    return [list(jobs[at : at + size]) for at in range(0, len(jobs), size)]
+        raise ConfigError(f"'{twice[0]}' is named twice; name each user once.")
 
 
 def run_cohort(jobs: Sequence[UserJob], progress: Progress, base: Base | None = None, until: str = "export") -> list[Outcome]:
@@ -63,23 +76,28 @@ class _Cohort:
         self.pipelines: dict[str, Pipeline] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.seconds = dict.fromkeys((job.user for job in jobs), 0.0)
+        self.locks: dict[str, ExitStack] = {}
 
     def run(self) -> list[Outcome]:
-        with ExitStack() as stack:
-            self._each("reading histories", [job.user for job in self.jobs], lambda user: self._open(user, stack))
-            self._each("augmenting", list(self.pipelines), lambda user: self.pipelines[user].prepare())
+        try:
+            self._each("reading histories", [job.user for job in self.jobs], self._open)
+            augments = self.jobs[0].augment.keep and not self.jobs[0].export_only
+            self._each("augmenting" if augments else "splitting histories", list(self.pipelines), self._prepare)
             if not self.jobs[0].export_only:
                 self._train()
             if self.until == "export":
                 self._each("exporting", list(self.pipelines), self._export)
-            for user, pipeline in self.pipelines.items():
-                self.outcomes.setdefault(user, self._trained(user, pipeline))
+        finally:
+            for lock in self.locks.values():
+                lock.close()
         return [self.outcomes[job.user] for job in self.jobs]
 
     def _each(self, label: str, users: Sequence[str], work: Callable[[str], None]) -> None:
         """Do the work for one user after another; who fails is named and leaves. A full disk ends the cohort."""
         self.progress.start(label, len(users), "users")
         for user in users:
+            if user in self.outcomes:  # the disk was full
+                continue
             began = time.monotonic()
             try:
                 work(user)
@@ -93,23 +111,29 @@ class _Cohort:
     def _fail(self, user: str, error: CdcdaError | OSError) -> None:
         self.outcomes[user] = Outcome(user, self.seconds[user], error=str(error))
         self.pipelines.pop(user, None)
+        if user in self.locks:
+            self.locks.pop(user).close()
         if isinstance(error, DiskFull) or (isinstance(error, OSError) and is_disk_full(error)):
             for other in [*self.pipelines, *(job.user for job in self.jobs if job.user not in self.outcomes)]:
                 self.outcomes.setdefault(other, Outcome(other, error="not tried: the disk was full"))
             self.pipelines.clear()
 
-    def _open(self, user: str, stack: ExitStack) -> None:
-        if user in self.outcomes:
-            return
+    def _open(self, user: str) -> None:
         job = next(job for job in self.jobs if job.user == user)
         pipeline = Pipeline(job, Silent(), self.base)
-        stack.enter_context(pipeline.opened())
+        with ExitStack() as stack:
+            stack.enter_context(pipeline.opened())
+            self.locks[user] = stack.pop_all()
         self.pipelines[user] = pipeline
+
+    def _prepare(self, user: str) -> None:
+        self.pipelines[user].prepare()
 
     def _train(self) -> None:
         members = [job.user for job in self.jobs]
         pipelines = dict(self.pipelines)
         trainings = {user: pipeline.to_train() for user, pipeline in pipelines.items()}
+        failures: dict[str, CdcdaError] = {}
         for user, trained in zip(trainings, train_users(list(trainings.values()), self.progress, members), strict=True):
             reused = trainings[user].reused
             seconds = 0.0 if reused or isinstance(trained, CdcdaError) else float(trained.metrics["seconds"])
@@ -117,16 +141,21 @@ class _Cohort:
             try:
                 pipelines[user].take(trained, reused, seconds)
             except CdcdaError as error:
-                self._fail(user, error)
+                failures[user] = error
+                continue
+            if self.until == "adapter":
+                self.outcomes[user] = self._trained(user, pipelines[user])
+        # Last: a full disk names all as not tried who have no outcome yet.
+        for user, failure in failures.items():
+            self._fail(user, failure)
 
     def _trained(self, user: str, pipeline: Pipeline) -> Outcome:
         size = sum(output["bytes"] for output in pipeline.adapter.outputs.values())
         reused = all(timing["reused"] for timing in pipeline.timings)
-        return Outcome(user, self.seconds[user], str(pipeline.directory / "adapter"), size, reused=reused)
+        warnings = tuple(getattr(pipeline.progress, "warnings", ()))
+        return Outcome(user, self.seconds[user], str(pipeline.directory / "adapter"), size, reused=reused, warnings=warnings)
 
     def _export(self, user: str) -> None:
-        if user in self.outcomes:
-            return
         began = time.monotonic()
         card = self.pipelines[user].export()
         self.outcomes[user] = outcome_of(user, self.seconds[user] + time.monotonic() - began, card)

@@ -5,6 +5,7 @@ A field's ``help`` is the text of its flag; fields without ``help`` can be set i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,8 +102,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.epochs < 1 or self.batch_size < 1 or not self.targets:
             raise ConfigError("train.rank, train.epochs and train.batch_size must be at least 1, train.targets not empty.")
-        if not self.synthetic_weight or not self.synthetic_schedule or min(self.synthetic_weight) < 0:
-            raise ConfigError("train.synthetic_weight and train.synthetic_schedule are lists of at least one; weights are not negative.")
+        if self.checkpoint_steps < 1 or self.threads < 0 or not self.clip > 0 or not self.learning_rate > 0:
+            raise ConfigError("train.checkpoint_steps, clip and learning_rate must be above 0, train.threads 0 (all cores) or more.")
+        if not self.synthetic_weight or not self.synthetic_schedule:
+            raise ConfigError("train.synthetic_weight and train.synthetic_schedule are lists of at least one.")
+        if not all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in self.synthetic_weight):
+            raise ConfigError("train.synthetic_weight is a list of numbers that are not negative.")
         for schedule in self.synthetic_schedule:
             if schedule not in SCHEDULES:
                 raise ConfigError(f"There is no train.synthetic_schedule '{schedule}'.{did_you_mean(schedule, SCHEDULES)}")

@@ -113,7 +113,7 @@ def _export_users(arguments: argparse.Namespace, configs: Configs, progress: Pro
         return _plan_of_many(users, lambda user: Pipeline(user_job(arguments, configs, user), progress, base).plan(), arguments.json)
     jobs = [user_job(arguments, configs, user) for user in users]
     if arguments.engine == "ray":
-        from cdcda_mobile.fleet import run_fleet
+        from cdcda_mobile.fleet.driver import run_fleet
 
         return report(run_fleet(jobs, base, progress, arguments.address or "", arguments.upload or ""), arguments.json)
     outcomes: list[Outcome] = []

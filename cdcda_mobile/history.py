@@ -251,19 +251,19 @@ def _words(text: str) -> str:
     return " ".join(_WORD.findall(folded)) or folded.strip()
 
 
-def _text_of(record: Record) -> tuple[str, str]:
-    """Return input and output without case, punctuation and spacing."""
+def text_of(record: Record) -> tuple[str, str]:
+    """Return input and output without case, punctuation and spacing: records that agree in both are one text."""
     return _words(record.input), _words(record.output)
 
 
 def _not_in(earlier: Iterable[Record], later: Iterable[Record], part: str) -> tuple[list[Record], list[Malformed]]:
     texts: dict[tuple[str, str], str] = {}
     for record in later:
-        texts.setdefault(_text_of(record), record.id)
+        texts.setdefault(text_of(record), record.id)
     kept: list[Record] = []
     dropped: list[Malformed] = []
     for record in earlier:
-        twin = texts.get(_text_of(record))
+        twin = texts.get(text_of(record))
         if twin is None:
             kept.append(record)
         else:
@@ -285,7 +285,7 @@ def check_split(split: Split) -> None:
                 raise DataError(f"The {early} and the {late} part share a record.")
             if max(map(_by_time, parts[early])) >= min(map(_by_time, parts[late])):
                 raise DataError(f"The {early} part reaches into the time of the {late} part.")
-            if set(map(_text_of, parts[early])) & set(map(_text_of, parts[late])):
+            if set(map(text_of, parts[early])) & set(map(text_of, parts[late])):
                 raise DataError(f"A text of the {late} part stands in the {early} part.")
 
 

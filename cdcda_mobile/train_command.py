@@ -21,6 +21,8 @@ def train(arguments: argparse.Namespace, configs: Configs) -> int:
     """
     if arguments.user is not None and arguments.users is not None:
         raise ConfigError("--user and --users exclude each other.")
+    if arguments.dry_run and arguments.user is None:
+        raise ConfigError("--dry-run goes with --user; cdcda-export --users says what would run for many.")
     if arguments.shared:
         return _train_shared(arguments, configs)
     if arguments.user is not None:
@@ -31,8 +33,6 @@ def train(arguments: argparse.Namespace, configs: Configs) -> int:
     from cdcda_mobile.cohorts import cohorts_of, run_cohort
 
     progress = choose_progress(arguments.quiet)
-    if arguments.dry_run:
-        raise ConfigError("--dry-run goes with --user; cdcda-export --users says what would run for many.")
     base = Base(arguments.base, progress)
     jobs = [user_job(arguments, configs, user) for user in named_users(arguments, configs)]
     outcomes = [outcome for cohort in cohorts_of(jobs, base) for outcome in run_cohort(cohort, progress, base, until="adapter")]

@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdcda_export.adapter import CONFIG, WEIGHTS
 from cdcda_export.base import Base
 from cdcda_export.errors import CdcdaError, ConfigError, WorkspaceError
-from cdcda_export.manifest import Manifest, Stage, sha256_file
+from cdcda_export.manifest import Manifest, Stage, sha256_file, sha256_json
 from cdcda_export.progress import Progress
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.history import Record, records_in
+from cdcda_mobile.history import Record, records_in, text_of
 from cdcda_mobile.workspace import read_lines
 
 if TYPE_CHECKING:
-    from cdcda_mobile.training.learner import Order, Trained, TrainResult
+    from cdcda_mobile.training.learner import Trained, TrainResult
+    from cdcda_mobile.training.schedule import Order
 
 # What says how it is computed, not what: a checkpoint goes on under another value, and the result is the same within rounding.
 _HOW = ("checkpoint_steps", "threads", "cohort")
@@ -37,6 +39,7 @@ class UserTraining:
         augmented: the manifest of the synthetic records, None for none.
         redo: train anew.
         reused: whether the adapter was there already; set by ``train_users``.
+        counts: how many records of each kind there were; set by ``orders``.
     """
 
     user: str
@@ -65,13 +68,15 @@ class UserTraining:
             ExportError: a record does not fit, or this base cannot be trained on.
         """
         from cdcda_mobile.dataset import check_token_ids, encoding_of
-        from cdcda_mobile.training.learner import Example, Order
+        from cdcda_mobile.training.schedule import Example, Order
 
         encoding = encoding_of(self.base.file)
         train, validation, test = (records_in(self.directory / "history" / f"{name}.jsonl") for name in ("train", "validation", "test"))
         kept = read_lines(self.directory / "augment" / "kept.jsonl") if self.augmented is not None else []
         synthetic = [Record(**{k: row[k] for k in ("id", "date", "task", "input", "output")}) for row in kept]
-        forbid_leaks((*train, *synthetic), (*validation, *test))
+        forbid_leaks(train, synthetic, (*validation, *test))
+        if self.config.warm_start:
+            forbid_shared_leaks(Path(self.config.warm_start), (*validation, *test), self.user)
         self.counts = {"train": len(train), "validation": len(validation), "synthetic": len(synthetic)}
         real = encoding.probes(train, self.config.max_tokens)
         check_token_ids(self.base.file, encoding, real)
@@ -86,30 +91,41 @@ class UserTraining:
             orders.append(Order(self.user, examples, held_out, folder, self.seed, schedule))
         return orders
 
-    def finish(self, stage: Stage, results: Sequence[TrainResult]) -> Manifest:
-        """Save the adapter, of several the one that the real validation records like best, and finish the stage."""
-        chosen = min(range(len(results)), key=lambda index: results[index].state.best_nll)
-        best = results[chosen]
+    def finish(self, stage: Stage, outcomes: Sequence[Trained]) -> Manifest:
+        """Save the adapter, of several the one that the real validation records like best, and finish the stage.
+
+        Raises:
+            CdcdaError: all have failed.
+        """
+        results = {index: outcome for index, outcome in enumerate(outcomes) if not isinstance(outcome, CdcdaError)}
+        if not results:
+            raise next(outcome for outcome in outcomes if isinstance(outcome, CdcdaError))
+        chosen = min(results, key=lambda index: results[index].state.best_nll)
         mixes = list(itertools.product(self.config.synthetic_weight, self.config.synthetic_schedule))
-        metrics = best.metrics() | {"records": self.counts, "rank": self.config.rank, "epochs": self.config.epochs}
+        metrics = results[chosen].metrics() | {"records": self.counts, "rank": self.config.rank, "epochs": self.config.epochs}
         if self.counts["synthetic"]:
             weight, schedule = mixes[chosen]
             metrics["synthetic"] = {"weight": weight, "schedule": schedule}
-        if len(results) > 1:
-            tried = zip(mixes, results, strict=True)
-            metrics["synthetic"]["tried"] = [{"weight": w, "schedule": s, "best_validation_nll": r.state.best_nll} for (w, s), r in tried]
+        if len(outcomes) > 1:
+            nll = [results[index].state.best_nll if index in results else None for index in range(len(mixes))]
+            tried = zip(mixes, nll, strict=True)
+            metrics["synthetic"]["tried"] = [{"weight": w, "schedule": s, "best_validation_nll": found} for (w, s), found in tried]
             for name in ("seconds", "cpu_seconds", "tokens"):
-                metrics[name] = sum(getattr(r.state, name) for r in results)
-        return finish_training(stage, best, self.base, self.config, metrics)
+                metrics[name] = sum(getattr(result.state, name) for result in results.values())
+            metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"] if metrics["seconds"] else 0.0
+        return finish_training(stage, results[chosen], self.base, self.config, metrics)
 
 
 def training_stage(directory: Path, config: TrainConfig, seed: int, inputs: dict[str, str], redo: bool) -> Stage:
     """Return the stage of an adapter: what decides it, and nothing of how it is computed."""
     settings = {key: value for key, value in asdict(config).items() if key not in (*_HOW, "warm_start")}
-    if config.warm_start:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            inputs[f"warm_start/{name}"] = sha256_file(Path(config.warm_start) / name)
-    return Stage(directory, {**settings, "seed": seed}, inputs, redo)
+    return Stage(directory, {**settings, "seed": seed}, inputs | warm_start_inputs(config), redo)
+
+
+def warm_start_inputs(config: TrainConfig) -> dict[str, str]:
+    """Return the hashes of the adapter that the training starts from."""
+    names = (CONFIG, WEIGHTS) if config.warm_start else ()
+    return {f"warm_start/{name}": sha256_file(Path(config.warm_start) / name) for name in names}
 
 
 def finish_training(
@@ -121,21 +137,44 @@ def finish_training(
 
     layers = result.layers
     if config.warm_start:
+        if any(stage.inputs[name] != found for name, found in warm_start_inputs(config).items()):
+            raise WorkspaceError(f"{config.warm_start} was replaced while it was in use; run the same command again.")
         layers = folded(shared_layers(Path(config.warm_start), base), layers)
     files = save_adapter(layers, Path(base.name).name.removesuffix(".gguf"), stage.partial)
     return stage.finish(metrics, [*files, *more])
 
 
-def forbid_leaks(training: Sequence[Record], held_out: Sequence[Record]) -> None:
-    """Hold the rule that no held-out record is ever trained on.
+def forbid_leaks(train: Sequence[Record], synthetic: Sequence[Record], held_out: Sequence[Record]) -> None:
+    """Hold the rule that no held-out record is ever trained on: not its text, and not its input with an answer that was made up.
 
     Raises:
         WorkspaceError: one is.
     """
-    forbidden = {(r.task, " ".join(r.input.split()).lower()) for r in held_out}
-    for record in training:
-        if (record.task, " ".join(record.input.split()).lower()) in forbidden:
-            raise WorkspaceError(f"Record {record.id} is in the training set and in the held-out set; run with --redo augment.")
+    texts = {text_of(record) for record in held_out}
+    inputs = {(record.task, text_of(record)[0]) for record in held_out}
+    for record in train:
+        if text_of(record) in texts:
+            raise WorkspaceError(f"Record {record.id} is in the training set and in the held-out set; run with --redo history.")
+    for record in synthetic:
+        if (record.task, text_of(record)[0]) in inputs:
+            raise WorkspaceError(f"Synthetic record {record.id} has the input of a record that is in the held-out set; run with --redo augment.")
+
+
+def forbid_shared_leaks(directory: Path, held_out: Sequence[Record], user: str) -> None:
+    """Hold the same rule for what a shared adapter was trained on, whoever's records they were.
+
+    Raises:
+        WorkspaceError: a held-out record of this user is among them.
+    """
+    from cdcda_mobile.shared import trained_on
+
+    known = trained_on(directory)
+    count = sum(sha256_json(text_of(record)) in known for record in held_out)
+    if count:
+        raise WorkspaceError(
+            f"{count} held-out records of user {user} were training records of {directory}, so no gain could be believed; "
+            f"train it on other users, or with {user} in the list (then these are left out)."
+        )
 
 
 def train_users(trainings: Sequence[UserTraining], progress: Progress, members: Sequence[str] = ()) -> list[Manifest | CdcdaError]:
@@ -177,7 +216,6 @@ def _train(
     progress: Progress,
     members: Sequence[str],
 ) -> None:
-    from cdcda_mobile.training.learner import TrainResult
 
     through: dict[int, Trained] = {}
 
@@ -187,10 +225,8 @@ def _train(
         mine = [place for place, who in enumerate(owners) if who == owner]
         if not all(place in through for place in mine):
             return
-        failed = next((o for o in map(through.get, mine) if isinstance(o, CdcdaError)), None)
-        results = [o for o in map(through.get, mine) if isinstance(o, TrainResult)]
         try:
-            found[owner] = failed or trainings[owner].finish(stages[owner], results)
+            found[owner] = trainings[owner].finish(stages[owner], [through[place] for place in mine])
         except CdcdaError as error:
             found[owner] = error
 
@@ -206,6 +242,7 @@ def train_orders(
     finished: Callable[[int, Trained], None] | None = None,
 ) -> list[Trained]:
     """Load the base, put the shared adapter of ``--warm-start`` into it, and train; see ``train_cohort``."""
+    from cdcda_mobile.shared import is_shared
     from cdcda_mobile.training.cohort import train_cohort
     from cdcda_mobile.training.warm_start import shared_layers
 
@@ -214,4 +251,6 @@ def train_orders(
     if config.warm_start:
         decoder = decoder.folded(shared_layers(Path(config.warm_start), base))
     progress.done()
+    if config.warm_start and not is_shared(Path(config.warm_start)):
+        progress.warn(f"{config.warm_start} does not say whose records it was trained on; held-out records may be among them.")
     return train_cohort(decoder, orders, config, progress, members, finished)

@@ -47,7 +47,8 @@ def test_the_peer_of_training_takes_the_same_steps(llama_base: Path, tmp_path: P
     from cdcda_export.verify import Probe
     from cdcda_mobile.config import TrainConfig
     from cdcda_mobile.training.cohort import train_cohort
-    from cdcda_mobile.training.learner import Example, Order, TrainResult
+    from cdcda_mobile.training.learner import TrainResult
+    from cdcda_mobile.training.schedule import Example, Order
     from peer_training import Peer, PeerOptions
 
     base, config = GgufFile(llama_base), TrainConfig(rank=2, learning_rate=0.02, batch_size=4, threads=1)

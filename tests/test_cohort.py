@@ -21,9 +21,11 @@ from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.dataset import check_token_ids, encoding_of
 from cdcda_mobile.history import Record
 from cdcda_mobile.training.cohort import train_cohort
-from cdcda_mobile.training.learner import Example, Learner, Order, State, Trained, TrainResult, row_of
+from cdcda_mobile.training.learner import Trained, TrainResult
 from cdcda_mobile.training.lora import Layout, save_adapter
 from cdcda_mobile.training.packed import PackedEngine
+from cdcda_mobile.training.padded import PaddedEngine
+from cdcda_mobile.training.schedule import Example, Order, Schedule, row_of
 
 TEXTS = ("a boat on the north shore", "rust again and again", "the cat is in the engine", "no invoice is ever on time")
 CONFIG = TrainConfig(rank=2, learning_rate=0.02, batch_size=4, epochs=3, checkpoint_steps=2, patience=99, threads=2)
@@ -82,6 +84,19 @@ def close(one: TrainResult, two: TrainResult) -> None:
     for a, b in zip(one.state.curve, two.state.curve, strict=True):
         assert a["validation_nll"] == pytest.approx(b["validation_nll"], abs=1e-3)
     assert (change(one) - change(two)).norm() < 0.01 * change(one).norm()
+
+
+class Killer(Silent):
+    """Stops the run from outside after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.left -= n
+        if self.left <= 0:
+            raise KeyboardInterrupt
 
 
 def test_gradients_equal_peft_on_transformers(llama_base: Path, decoder: Decoder, probes: list[list[Probe]]) -> None:
@@ -163,20 +178,16 @@ def test_companions_of_the_same_shape_change_no_bit_of_a_shared_pass(decoder: De
     assert not torch.equal(found[0][1].best, found[1][1].best)
 
 
-class Killer(Silent):
-    """Stops the run from outside after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self.left -= n
-        if self.left <= 0:
-            raise KeyboardInterrupt
+# As many ways to divide the work: a core for each user, shared passes, more cores than users, frozen layers whose states are kept.
+WAYS = {
+    "own passes": CONFIG,
+    "shared passes": TOGETHER,
+    "several passes a batch": replace(CONFIG, threads=7),
+    "upper layers": replace(CONFIG, first_layer=1),
+}
 
 
-@pytest.mark.parametrize("config", [CONFIG, TOGETHER], ids=["own passes", "shared passes"])
+@pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 17])
 def test_a_killed_cohort_continues_to_the_same_bits(
     decoder: Decoder, probes: list[list[Probe]], tmp_path: Path, stop_after: int, config: TrainConfig
@@ -185,13 +196,70 @@ def test_a_killed_cohort_continues_to_the_same_bits(
         return [order(p, tmp_path / folder, name, 0, count) for p, name, count in zip(probes, "abc", (10, 5, 8), strict=False)]
 
     undisturbed = train(decoder, users("a"), config)
+    through: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        train_cohort(decoder, users("b"), config, Killer(stop_after))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cohort")]
-    resumed = train(decoder, users("b"), config)
-    for one, two in zip(undisturbed, resumed, strict=True):
-        assert torch.equal(one.best, two.best)
+        train_cohort(decoder, users("b"), config, Killer(stop_after), finished=lambda index, outcome: through.append(index))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cohort", "pass"))]
+    # Who was through is finished by the caller and not trained again.
+    left = [index for index in range(3) if index not in through]
+    resumed = train_cohort(decoder, [users("b")[index] for index in left], config, Silent(), members="abc")
+    for index, two in zip(left, resumed, strict=True):
+        one = undisturbed[index]
+        assert isinstance(two, TrainResult) and torch.equal(one.best, two.best)
         assert [p["step"] for p in one.state.curve] == [p["step"] for p in two.state.curve]
+
+
+def test_whose_mixes_end_at_different_steps_resumes_to_the_same_bits(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
+    """Two orders of one user: the caller has nothing until both are through, so the one that ended is found in its checkpoint."""
+
+    def mixes(folder: str) -> list[Order]:
+        return [replace(order(probes[0], tmp_path / folder / name, "a", 0, count), seed=0) for name, count in (("one", 4), ("two", 10))]
+
+    config = replace(CONFIG, checkpoint_steps=100, epochs=2)
+    undisturbed = train(decoder, mixes("a"), config)
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(decoder, mixes("b"), config, Killer(2 + 2 + 2))
+    steps = [max(int(p.stem.rpartition("-")[2]) for p in one.directory.glob("*.safetensors")) for one in mixes("b")]
+    assert steps == [2, 2]  # saved when the first was through
+    resumed = train(decoder, mixes("b"), config)
+    assert all(torch.equal(one.best, two.best) for one, two in zip(undisturbed, resumed, strict=True))
+
+
+def test_a_failure_before_the_kill_costs_the_others_nothing(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
+    users = [order(p, tmp_path / "b", name) for p, name in zip(probes, "abc", strict=False)]
+    users[1] = replace(users[1], examples=[Example(e.probe, float("nan")) for e in users[1].examples])
+    config = replace(TOGETHER, threads=1)
+    told: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(decoder, users, config, Killer(10 + 6 + 6), finished=lambda index, outcome: told.append(index))
+    assert told == [1]
+
+    class Steps(Silent):
+        resumed = 0
+
+        def advance(self, n: int = 1, note: str = "") -> None:
+            self.resumed = max(self.resumed, n)
+
+    steps = Steps()
+    found = train_cohort(decoder, users, config, steps)
+    assert steps.resumed >= 4  # not from the beginning
+    assert isinstance(found[1], CdcdaError) and "user b" in str(found[1])
+    assert isinstance(found[0], TrainResult) and isinstance(found[2], TrainResult)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TOGETHER], ids=["own passes", "shared passes"])
+def test_a_damaged_checkpoint_is_not_trusted(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path, config: TrainConfig) -> None:
+    def users(folder: str) -> list[Order]:
+        return [order(p, tmp_path / folder, name) for p, name in zip(probes, "abc", strict=False)]
+
+    undisturbed = train(decoder, users("a"), config)
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(decoder, users("b"), config, Killer(15))
+    for damaged, content in zip(users("b"), (b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "), strict=True):
+        for path in sorted(damaged.directory.glob("*.safetensors"))[-1:]:
+            path.write_bytes(content)
+    resumed = train(decoder, users("b"), config)
+    assert all(torch.equal(one.best, two.best) for one, two in zip(undisturbed, resumed, strict=True))
 
 
 def test_who_was_through_before_the_kill_is_not_missed_by_the_others(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
@@ -238,12 +306,62 @@ def test_who_diverges_fails_by_name_and_the_others_finish(
         close(alone, outcome)
 
 
-def test_a_folder_that_is_gone_fails_its_user_alone(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
-    users = [order(p, tmp_path, name) for p, name in zip(probes, "ab", strict=False)]
+@pytest.mark.parametrize("config", [CONFIG, TOGETHER], ids=["own passes", "shared passes"])
+def test_a_folder_that_is_gone_fails_its_user_alone(
+    decoder: Decoder, probes: list[list[Probe]], tmp_path: Path, config: TrainConfig
+) -> None:
+    users = [order(p, tmp_path, name) for p, name in zip(probes, "abc", strict=False)]
     users[0].directory.rmdir()
     users[0].directory.write_text("in the way")
-    found = train_cohort(decoder, users, CONFIG, Silent())
-    assert isinstance(found[0], CdcdaError) and isinstance(found[1], TrainResult)
+    found = train_cohort(decoder, users, config, Silent())
+    assert isinstance(found[0], CdcdaError)
+    assert isinstance(found[1], TrainResult) and isinstance(found[2], TrainResult)
+
+
+def test_garbage_of_one_user_harms_nobody(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
+    """Random tokens, a rate out of all bounds: the others' bits are what they are beside a quiet user of the same shape."""
+    found = []
+    for spoilt in (False, True):
+        mine, other = (order(probes[0], tmp_path / str(spoilt), name) for name in "ab")
+        if spoilt:
+            scrambled = [
+                replace(e.probe, prompt=e.probe.prompt[:1] * len(e.probe.prompt), answer=e.probe.answer[:1] * len(e.probe.answer))
+                for e in other.examples
+            ]
+            other = replace(other, examples=[Example(probe, 1e6) for probe in scrambled])
+        found.append(train_cohort(decoder, [mine, other], TOGETHER, Silent())[0])
+    assert all(isinstance(one, TrainResult) for one in found)
+    assert torch.equal(found[0].best, found[1].best)
+
+
+def test_a_whole_cohort_in_the_padded_engine(
+    decoder: Decoder, probes: list[list[Probe]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on the CPU: one group, losses read late, checkpoints seldom."""
+    from cdcda_mobile.training import cohort, group
+
+    class Padded(PaddedEngine):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments[:2])  # type: ignore[arg-type]
+            self.queues = True
+
+    def users(folder: str) -> list[Order]:
+        return [order(p, tmp_path / folder, name, 0, count) for p, name, count in zip(probes, "abcd", (10, 7, 10, 3), strict=True)]
+
+    expected = train(decoder, users("a"))
+    monkeypatch.setattr(cohort, "engine_of", Padded)
+    monkeypatch.setattr(cohort, "_on_cpu", lambda decoder: False)
+    monkeypatch.setattr(group, "_SECONDS_BETWEEN_SAVES", 0.0)
+    poisoned = users("b")
+    poisoned[1] = replace(poisoned[1], examples=[Example(e.probe, float("nan")) for e in poisoned[1].examples])
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(decoder, poisoned, CONFIG, Killer(20))
+    found = train_cohort(decoder, poisoned, CONFIG, Silent())
+    assert isinstance(found[1], CdcdaError)
+    for index in (0, 2, 3):
+        outcome = found[index]
+        assert isinstance(outcome, TrainResult)
+        close(expected[index], outcome)
 
 
 def test_results_are_told_as_soon_as_they_are_there(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
@@ -260,28 +378,36 @@ def test_weights_scale_their_part_of_the_loss(decoder: Decoder, probes: list[lis
     one, two = (float(engine.gradients([[row_of(p)]], [flat], [gradient])[0]) for p in probes[0][:2])
     n, m = (len(p.answer) for p in probes[0][:2])
     both = float(engine.gradients([[row_of(probes[0][0]), row_of(probes[0][1], 0.25)]], [flat], [gradient])[0])
-    assert both == pytest.approx((one * n + 0.25 * two * m) / (n + 0.25 * m), rel=1e-4)
+    assert both == pytest.approx((one * n + 0.25 * two * m) / (n + m), rel=1e-4)
 
 
-def test_synthetic_first_has_every_synthetic_pass_before_the_real_ones(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
-    examples = [Example(p) for p in probes[0][:6]] + [Example(p, synthetic=True) for p in probes[1][:5]]
-    layout = Layout(decoder, CONFIG.targets, 2, 16.0)
-
-    def batches(schedule: str) -> list[set[tuple[int, ...]]]:
-        learner = Learner(Order("a", examples, [], tmp_path, 0, schedule), CONFIG, layout, torch.empty(layout.size), 1)
-        found = []
-        while not learner.over:
-            found.append({row.ids for row in learner.batch()})
-            learner.state.step += 1
-        return found
-
+def test_synthetic_first_has_every_synthetic_pass_before_the_real_ones(probes: list[list[Probe]], tmp_path: Path) -> None:
+    examples = [Example(p) for p in probes[0][:6]] + [Example(p, 0.5, synthetic=True) for p in probes[1][:5]]
     real, made = ({row_of(p).ids for p in part} for part in (probes[0][:6], probes[1][:5]))
-    first = batches("synthetic-first")
-    assert len(first) == 3 * (2 + 2)
-    assert all(batch <= made for batch in first[:6]) and all(batch <= real for batch in first[6:])
-    assert set().union(*first[:2]) == made and set().union(*first[6:8]) == real
-    mixed = batches("mixed")
-    assert len(mixed) == 3 * 3 and any(batch & real and batch & made for batch in mixed)
+
+    def batches(schedule: Schedule) -> list[set[tuple[int, ...]]]:
+        return [{row.ids for row in schedule.batch(step)} for step in range(schedule.total_steps)]
+
+    first = Schedule(Order("a", examples, [], tmp_path, 0, "synthetic-first"), CONFIG)
+    found = batches(first)
+    assert len(found) == 3 * (2 + 2)
+    assert all(batch <= made for batch in found[:6]) and all(batch <= real for batch in found[6:])
+    assert set().union(*found[:2]) == made and set().union(*found[6:8]) == real
+    # Where all rows of a step are synthetic, their weight slows the steps: a common factor of the loss would not be felt.
+    full = Schedule(Order("a", [replace(e, weight=1.0) for e in examples], [], tmp_path, 0, "synthetic-first"), CONFIG)
+    assert [first.learning_rate(step) / full.learning_rate(step) for step in (0, 5, 6, 11)] == [0.5, 0.5, 1.0, 1.0]
+    assert all(row.weight == 1.0 for step in range(12) for row in first.batch(step))
+    mixed = Schedule(Order("a", examples, [], tmp_path), CONFIG)
+    assert mixed.total_steps == 3 * 3 and any(batch & real and batch & made for batch in batches(mixed))
+    assert {row.weight for step in range(3) for row in mixed.batch(step)} == {0.5, 1.0}
+
+
+def test_synthetic_records_of_no_weight_change_nothing(decoder: Decoder, probes: list[list[Probe]], tmp_path: Path) -> None:
+    for schedule in ("mixed", "synthetic-first"):
+        one = order(probes[0], tmp_path / schedule)
+        made = [Example(p, 0.0, synthetic=True) for p in probes[1][:4]]
+        (result,) = train(decoder, [replace(one, examples=[*one.examples, *made], schedule=schedule)])
+        assert result.state.best_nll < result.state.curve[0]["validation_nll"]
 
 
 def test_saved_adapters_load_in_peft_with_the_same_loss(
@@ -304,7 +430,3 @@ def test_without_validation_the_last_step_is_kept(decoder: Decoder, probes: list
     (result,) = train(decoder, [Order("a", [Example(p) for p in probes[0][:8]], [], tmp_path)])
     assert result.state.best_step == result.total_steps
     assert result.metrics()["best_validation_nll"] is None
-
-
-def test_state_round_trips() -> None:
-    assert State(**vars(State(step=3, curve=[{"step": 1.0}]))).step == 3

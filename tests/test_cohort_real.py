@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from cdcda_mobile.config import HistoryConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import read_history, split_by_time
 from cdcda_mobile.training.cohort import train_cohort
-from cdcda_mobile.training.learner import Example, Order, TrainResult
+from cdcda_mobile.training.learner import TrainResult
+from cdcda_mobile.training.schedule import Example, Order
 
 pytestmark = pytest.mark.model
 STEPS = 50
@@ -33,8 +35,11 @@ def test_in_company_as_alone(real_base: Path, tmp_path: Path) -> None:
         orders.append(Order(user, examples, encoding.probes(parts.validation[:3], 512), tmp_path / user))
         test.append(encoding.probes(parts.test[:3], 512))
     decoder = base.decoder
+    (tmp_path / "alone").mkdir()
+    lonely = [replace(orders[0], directory=tmp_path / "alone")]
+    # Both at once, to spare the time: each keeps one core busy.
     with ThreadPoolExecutor(2) as pool:
-        together, alone = pool.map(lambda chosen: train_cohort(decoder, chosen, CONFIG, Silent()), (orders, orders[:1]))
+        together, alone = pool.map(lambda chosen: train_cohort(decoder, chosen, CONFIG, Silent()), (orders, lonely))
     one, two = alone[0], together[0]
     assert isinstance(one, TrainResult) and isinstance(two, TrainResult) and isinstance(together[1], TrainResult)
     assert one.state.step == two.state.step == together[1].state.step == STEPS

@@ -25,9 +25,9 @@ from cdcda_export.errors import ConfigError
 from cdcda_export.progress import Live, Plain, Progress, Silent
 from cdcda_mobile.cli import export_main
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.fleet import divided, run_fleet
-from cdcda_mobile.fleet_cluster import share_of
-from cdcda_mobile.fleet_view import Event, Lines, Reporter, Table, View, choose_view
+from cdcda_mobile.fleet.cluster import share_of
+from cdcda_mobile.fleet.driver import divided, run_fleet
+from cdcda_mobile.fleet.view import Event, Lines, Reporter, Table, View, choose_view
 from cdcda_mobile.pipeline import UserJob
 from job import KEY, RECIPE, environment, finish, kill_group, spawn, wait_until, write_history
 from ray_host import TOKEN, hosted

@@ -48,12 +48,12 @@ def random_adapter(layout: Layout, seed: int) -> torch.Tensor:
 def by_autograd(decoder: Decoder, layout: Layout, rows: Sequence[Row], flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of one user, one row after another."""
     parameters = flat.clone().requires_grad_()
-    total, weights = torch.zeros(()), 0.0
+    total, answers = torch.zeros(()), 0
     for row in rows:
         logits = decoder.logits([row.ids], layout.layers(parameters))[row.first :]
         total = total + row.weight * F.cross_entropy(logits, torch.tensor(row.targets), reduction="sum")
-        weights += row.weight * len(row.targets)
-    loss = total / weights
+        answers += len(row.targets)
+    loss = total / answers
     loss.backward()
     assert parameters.grad is not None
     return loss.detach(), parameters.grad

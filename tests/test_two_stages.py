@@ -15,15 +15,21 @@ from safetensors.numpy import load_file, save_file
 from cdcda_export.base import Base
 from cdcda_export.base_model import load_base_model
 from cdcda_export.decoder import Decoder, Lora
-from cdcda_export.errors import AdapterError, ConfigError
+from cdcda_export.errors import AdapterError, ConfigError, DiskFull
 from cdcda_export.gguf import GgufFile
+from cdcda_export.progress import Silent
+from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.cli import export_main, main
+from cdcda_mobile.config import AugmentConfig, HistoryConfig, TrainConfig
+from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.warm_start import folded, shared_layers
 from fake_endpoint import FakeEndpoint
 from job import USER, Desk, set_table, write_history
 from tiny import make_adapter
 
 USERS = (USER, "ben", "cleo")
+# Tiny random models are far from what the gates were measured on.
+LOOSE = ExportConfig(max_kl=50.0, min_top1=0.01, max_arrival_error=50.0, answer_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +66,6 @@ def test_a_cohort_through_the_command_and_a_second_run_that_reuses_all(desk: Des
     for user in USERS:
         metrics = metrics_of(desk.runs / user)
         assert metrics["tokens"] > 0 and metrics["cpu_seconds"] > 0 and metrics["peak_rss_bytes"] > 0
-    (record,) = (desk.runs / "_cohorts").glob("*.json")
-    assert json.loads(record.read_text()) == {"size": 2, "users": 3}
     assert export_main(many(desk, "--users", "all", "--cohort", "2", "--json")) == 0
     assert all(outcome["reused"] for outcome in json.loads(capsys.readouterr().out)["outcomes"])
 
@@ -109,11 +113,13 @@ def test_two_stages_and_one_adapter(desk: Desk, tmp_path: Path, capsys: pytest.C
     agreed.write_text("ben\ncleo\n")
     assert main(["train", "--shared", *many(desk, "--users", str(agreed))]) == 0
     directory = Path(capsys.readouterr().out.strip())
-    assert directory == desk.runs / "_shared" / "headline+rating" / "adapter"
+    assert directory.parent.parent == desk.runs / "_shared" and directory.parent.name.startswith("headline+rating-")
     metrics = metrics_of(directory.parent)
     assert metrics["records"] == {"train": 44, "validation": 4, "synthetic": 0, "users": 2}
-    assert json.loads((directory / "users.json").read_text()) == ["ben", "cleo"]
-    assert (directory / "users.json").stat().st_mode & 0o077 == 0
+    origin = directory.parent / "origin.json"
+    assert json.loads(origin.read_text())["users"] == ["ben", "cleo"] and origin.stat().st_mode & 0o077 == 0
+    # What is handed on says nothing of who they are.
+    assert not [path for path in directory.iterdir() if "cleo" in path.read_text(errors="replace")]
     workspace = tmp_path / "runs"
     arguments = desk.arguments("--warm-start", str(directory), workspace=workspace)
     assert export_main(arguments) == 0
@@ -130,14 +136,21 @@ def test_two_stages_and_one_adapter(desk: Desk, tmp_path: Path, capsys: pytest.C
     assert isinstance(alone, list) and point["validation_nll"] < alone[0]["validation_nll"]
     assert export_main([*arguments, "--dry-run"]) == 0
     assert "run  " not in capsys.readouterr().out
+    # Theirs is on top of it too, in the same workspace.
+    assert main(["train", *desk.arguments("--warm-start", str(directory), user="cleo")]) == 0
+    capsys.readouterr()
     assert main(["forget", "--user", "ben", "--workspace", str(desk.runs)]) == 0
-    assert f"{directory} was trained on this user's records too" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{directory.parent} was learned from this user's records too" in told
+    assert f"{desk.runs / 'cleo' / 'adapter'} was learned" in told
 
 
 def test_sharing_is_never_by_default(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     for users in (["--users", "all"], []):
         assert main(["train", "--shared", *many(desk, *users)]) != 0
         assert "agreed" in capsys.readouterr().err
+    assert main(["train", "--shared", "--dry-run", *many(desk, "--users", "x.txt")]) != 0
+    assert "--dry-run goes with --user" in capsys.readouterr().err
     assert main(["train", *many(desk)]) != 0
     assert "--user" in capsys.readouterr().err
     assert main(["train", *desk.arguments("--users", "all")]) != 0
@@ -163,10 +176,27 @@ def test_folding_adds_up(llama_base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in decoder.weights.items())
 
 
+def test_folding_ranks_that_differ_from_module_to_module(llama_base: Path) -> None:
+    decoder = Base(llama_base).decoder
+    chance = torch.Generator().manual_seed(0)
+
+    def lora(name: str, rank: int, scale: float) -> Lora:
+        rows, columns = decoder.weights[f"{name}.weight"].shape
+        return Lora(torch.randn(rank, columns, generator=chance), torch.randn(rows, rank, generator=chance) * 0.1, scale)
+
+    one, two = (f"model.layers.0.self_attn.{module}" for module in ("q_proj", "o_proj"))
+    shared, personal = {one: lora(one, 2, 0.5), two: lora(two, 6, 2.0)}, {one: lora(one, 3, 1.0)}
+    both = folded(shared, personal)
+    assert {found.down.shape[0] for found in both.values()} == {9}
+    for name in (one, two):
+        expected = sum(part[name].up @ part[name].down * part[name].scale for part in (shared, personal) if name in part)
+        torch.testing.assert_close(both[name].up @ both[name].down, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="rank or scale"):
+        save_adapter(shared, "tiny", llama_base.parent / "nowhere")
+
+
 def test_a_folded_adapter_loads_in_peft(llama_base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
-
-    from cdcda_mobile.training.lora import save_adapter
 
     base = Base(llama_base)
     parts = [shared_layers(make_adapter(tmp_path / str(seed), llama_base, seed=seed, rank=2, alpha=4.0), base) for seed in (1, 2)]
@@ -214,6 +244,11 @@ def test_validation_chooses_weight_and_schedule(tmp_path: Path, endpoint: FakeEn
         ("synthetic_schedule = ['mixt']", "Did you mean 'mixed'"),
         ("synthetic_weight = []", "at least one"),
         ("synthetic_weight = [-1.0]", "not negative"),
+        ("synthetic_weight = [nan]", "not negative"),
+        ("synthetic_weight = ['much']", "not negative"),
+        ("checkpoint_steps = 0", "above 0"),
+        ("clip = 0.0", "above 0"),
+        ("threads = -1", "0 (all cores)"),
         ("cohort = 'many'", "a number of users, or auto"),
     ],
 )
@@ -221,3 +256,65 @@ def test_settings_that_mean_nothing(desk: Desk, tmp_path: Path, line: str, messa
     (tmp_path / "bad.toml").write_text(f"[train]\n{line}\n")
     assert export_main([*desk.arguments(workspace=tmp_path / "runs"), "--recipe", str(tmp_path / "bad.toml")]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_what_a_shared_adapter_has_seen_is_nobodys_test(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dora never agreed, but ben wrote what she wrote last: on top of an adapter that ben's records are in, her gain means nothing."""
+    rows = [json.loads(line) for line in write_history(tmp_path / "ben.jsonl", "ben").read_text().splitlines()]
+    last = json.loads(write_history(tmp_path / "dora.jsonl", "dora").read_text().splitlines()[-1])
+    rows[3] |= {name: last[name] for name in ("task", "input", "output")}
+    texts = [json.dumps(row) + "\n" for row in rows] + [(tmp_path / "dora.jsonl").read_text()]
+    (tmp_path / "history.jsonl").write_text("".join(texts))
+    (tmp_path / "agreed.txt").write_text("ben\n")
+    source = ["--data", str(tmp_path / "history.jsonl")]
+    assert (
+        main(["train", "--shared", *many(desk, "--users", str(tmp_path / "agreed.txt"), "--workspace", str(tmp_path / "runs"), *source)])
+        == 0
+    )
+    directory = capsys.readouterr().out.strip()
+    arguments = [*desk.arguments("--warm-start", directory, user="dora", workspace=tmp_path / "runs"), *source]
+    assert main(["train", *arguments]) != 0
+    assert "1 held-out records of user dora were training records" in capsys.readouterr().err
+    # With her in the list the record is left out, and said so.
+    (tmp_path / "agreed.txt").write_text("ben\ndora\n")
+    assert (
+        main(["train", "--shared", *many(desk, "--users", str(tmp_path / "agreed.txt"), "--workspace", str(tmp_path / "runs"), *source)])
+        == 0
+    )
+    both = Path(capsys.readouterr().out.strip())
+    assert both != Path(directory)
+    assert json.loads((both / "manifest.json").read_text())["metrics"]["records"]["train"] == 43
+    assert main(["train", *[str(both) if a == directory else a for a in arguments]]) == 0
+
+
+def test_who_is_listed_twice_is_refused(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "agreed.txt").write_text("ben\nben\n")
+    assert main(["train", "--shared", *many(desk, "--users", str(tmp_path / "agreed.txt"))]) != 0
+    assert "'ben' is named twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["prepare", "export"])
+def test_a_full_disk_ends_the_cohort_and_says_who_was_not_tried(
+    desk: Desk, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cdcda_mobile.cohorts import run_cohort
+    from cdcda_mobile.pipeline import Pipeline, UserJob
+
+    work = getattr(Pipeline, stage)
+
+    def failing(self: Pipeline) -> object:
+        if self.job.user == "ben":
+            raise DiskFull("no room.")
+        return work(self)
+
+    monkeypatch.setattr(Pipeline, stage, failing)
+    history = HistoryConfig(data=str(desk.folder / "history.jsonl"))
+    train = TrainConfig(rank=2, epochs=1, threads=1)
+    jobs = [
+        UserJob(user, tmp_path / "runs", desk.base, history=history, augment=AugmentConfig(keep=0), train=train, export=LOOSE)
+        for user in USERS
+    ]
+    found = run_cohort(jobs, Silent())
+    assert [outcome.name for outcome in found] == list(USERS)
+    assert found[1].error == "no room." and found[2].error == "not tried: the disk was full"
+    assert found[0].error == ("" if stage == "export" else "not tried: the disk was full")

@@ -1,6 +1,6 @@
 """Train a cohort: many users on one frozen base, in groups whose rows share a pass, as many groups at once as there are cores.
 
-On CPU cores one user's batch fills a pass, so most groups are one user and a core works on each; batches of one or two rows are put
+On CPU cores one user's batch fills a pass, so most groups are one user and a core works on each; batches of less than four rows are put
 together. On a GPU the cohort is one group. A user's numbers depend on nobody else: every operation is per token, per row or per user.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -18,26 +17,27 @@ from dataclasses import dataclass
 import torch
 
 from cdcda_export.decoder import Decoder, keep_freed_memory
-from cdcda_export.errors import CdcdaError, FileError
+from cdcda_export.errors import CdcdaError
 from cdcda_export.progress import Progress
 from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.training.engine import Engine, engine_of
-from cdcda_mobile.training.learner import Learner, Order, Trained, TrainResult
+from cdcda_mobile.training.engine import engine_of
+from cdcda_mobile.training.group import Event, Group
+from cdcda_mobile.training.learner import Trained, TrainResult
 from cdcda_mobile.training.lora import Layout
+from cdcda_mobile.training.schedule import Order, Schedule
 
 # Rows that fill a pass on a core: fewer leave its products below nine tenths of their speed.
 _ROWS_OF_A_PASS = 4
 
 
 @dataclass(frozen=True)
-class _Event:
-    """What a working thread tells: a step of a user, or that the user is through."""
+class _Plan:
+    """How a cohort is computed: the orders of each group, and in how many passes a batch is cut."""
 
-    index: int
-    steps: int = 0
-    loss: float = math.nan
-    outcome: Trained | None = None
+    groups: list[list[int]]
+    parts: int
+    workers: int
 
 
 def train_cohort(
@@ -63,24 +63,21 @@ def train_cohort(
     """
     keep_freed_memory()
     layout = Layout(decoder, config.targets, config.rank, config.alpha, config.first_layer)
-    threads = config.threads or cpu_threads()
-    on_cpu = decoder.device.type == "cpu"
-    groups = _grouped(orders, members, config, threads, on_cpu)
-    parts = max(1, threads // len(groups)) if on_cpu else 1
+    on_cpu = _on_cpu(decoder)
+    schedules = [Schedule(order, config) for order in orders]
+    plan = _planned(orders, schedules, members, config, on_cpu)
     outcomes: list[Trained | None] = [None] * len(orders)
     with ExitStack() as stack:
-        stack.enter_context(_single_threaded_products())
-        pool = stack.enter_context(ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,))) if parts > 1 else None
-        made = []
-        for group in groups:
-            engine = engine_of(decoder, layout, pool)
-            made.append(_Group([(index, orders[index]) for index in group], config, layout, engine, parts))
-        # The longest first: the shortest fill the gaps at the end.
-        made.sort(key=lambda group: -group.remaining_tokens())
-        workers = min(threads, len(made)) if on_cpu else 1
-        progress.start(_label(orders), sum(g.total_steps for g in made), "steps")
-        for event in stack.enter_context(closing(_work(made, workers, on_cpu))):
-            if event.outcome is not None:
+        stack.enter_context(_one_thread_each())
+        pool = stack.enter_context(_threads(plan.parts, "pass")) if plan.parts > 1 else None
+
+        def group(indices: Sequence[int], tell: Callable[[Event], None]) -> Group:
+            chosen = [(index, orders[index]) for index in indices]
+            return Group(chosen, config, layout, engine_of(decoder, layout, pool), plan.parts, tell)
+
+        progress.start(_label(orders), sum(schedule.total_steps for schedule in schedules), "steps")
+        for event in stack.enter_context(closing(_work(plan, group))):
+            if event.outcome is not None and outcomes[event.index] is None:
                 outcomes[event.index] = event.outcome
                 if finished is not None:
                     finished(event.index, event.outcome)
@@ -89,141 +86,45 @@ def train_cohort(
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _grouped(orders: Sequence[Order], members: Sequence[str], config: TrainConfig, threads: int, on_cpu: bool) -> list[list[int]]:
-    """Return which orders share a pass: a matter of the configuration and of the whole cohort, so that a resume finds the same groups."""
+def _planned(orders: Sequence[Order], schedules: Sequence[Schedule], members: Sequence[str], config: TrainConfig, on_cpu: bool) -> _Plan:
+    """Divide a cohort: a matter of the configuration and of all its members, so that a resume finds the same groups and passes."""
+    threads = config.threads or cpu_threads()
     everyone = list(dict.fromkeys([*members, *(order.user for order in orders)]))
-    size = len(everyone)
-    if on_cpu:
-        size = max(1, min(-(-_ROWS_OF_A_PASS // config.batch_size), len(everyone) // threads))
+    size = max(1, min(-(-_ROWS_OF_A_PASS // config.batch_size), len(everyone) // threads)) if on_cpu else len(everyone)
     place = {user: index // size for index, user in enumerate(everyone)}
     groups: dict[int, list[int]] = {}
     for index, order in enumerate(orders):
         groups.setdefault(place[order.user], []).append(index)
-    return list(groups.values())
+    # The longest first: the shortest fill the gaps at the end.
+    longest = sorted(groups.values(), key=lambda group: -sum(schedules[index].tokens for index in group))
+    parts = max(1, threads // -(-len(everyone) // size)) if on_cpu else 1
+    return _Plan(longest, parts, min(threads, len(longest)) if on_cpu else 1)
 
 
-class _Group:
-    """Users whose rows share a pass; they take their steps together, and who is through leaves."""
-
-    def __init__(self, orders: Sequence[tuple[int, Order]], config: TrainConfig, layout: Layout, engine: Engine, parts: int) -> None:
-        self.config, self.engine = config, engine
-        self.flats = torch.zeros(len(orders), layout.size, device=engine.device)
-        self.learners = {
-            index: Learner(order, config, layout, flat, parts) for (index, order), flat in zip(orders, self.flats, strict=True)
-        }
-        self.total_steps = sum(learner.total_steps for learner in self.learners.values())
-        self._losses: list[tuple[list[int], torch.Tensor]] = []
-
-    def remaining_tokens(self) -> int:
-        return sum(len(row.ids) for learner in self.learners.values() for rows in learner.phases for row in rows)
-
-    def run(self, tell: Callable[[_Event], None], stop: threading.Event) -> None:
-        """Train all to their ends; between two steps ``stop`` is obeyed."""
-        common = max(set.intersection(*(learner.steps_saved() for learner in self.learners.values())))
-        for index, learner in self.learners.items():
-            learner.resume(common)
-            if common:
-                tell(_Event(index, learner.state.step))
-        if not common:
-            self._evaluate(list(self.learners), {})
-        self._dismiss(tell)
-        while self.learners and not stop.is_set():
-            self._step(tell)
-
-    def _step(self, tell: Callable[[_Event], None]) -> None:
-        began, own, elsewhere = time.monotonic(), time.thread_time(), self.engine.cpu_seconds
-        indices = list(self.learners)
-        learners = [self.learners[index] for index in indices]
-        batches = [learner.batch() for learner in learners]
-        losses = self.engine.gradients(
-            batches, [learner.flat for learner in learners], [learner.gradient for learner in learners], learners[0].state.parts
-        )
-        self._losses.append((indices, losses))
-        tokens = [sum(len(row.ids) for row in rows) for rows in batches]
-        for learner, count in zip(learners, tokens, strict=True):
-            learner.update(count)
-        due = [index for index in indices if self.learners[index].due]
-        found: dict[int, float] = {}
-        if due or self.engine.device.type == "cpu" or learners[0].state.step % self.config.checkpoint_steps == 0:
-            found = self._read_losses(tell)
-        self._evaluate([index for index in due if index in self.learners], found)
-        # Who stands in a pass pays for it by tokens.
-        wall, cpu = time.monotonic() - began, time.thread_time() - own + self.engine.cpu_seconds - elsewhere
-        for learner, count in zip(learners, tokens, strict=True):
-            learner.state.seconds += wall * count / sum(tokens)
-            learner.state.cpu_seconds += cpu * count / sum(tokens)
-        self._save_and_dismiss(tell)
-        for index in indices:
-            tell(_Event(index, 1, found.get(index, math.nan)))
-
-    def _read_losses(self, tell: Callable[[_Event], None]) -> dict[int, float]:
-        """Read the losses since the last time and return the newest; whose loss is no number leaves."""
-        newest: dict[int, float] = {}
-        for indices, losses in self._losses:
-            newest |= zip(indices, losses.tolist(), strict=True)
-            for index in indices:
-                learner = self.learners.get(index)
-                if learner is None:
-                    continue
-                try:
-                    learner.check(newest[index])
-                except CdcdaError as error:
-                    tell(_Event(index, learner.total_steps - learner.state.step, outcome=error))
-                    del self.learners[index]
-        self._losses.clear()
-        return newest
-
-    def _evaluate(self, indices: Sequence[int], losses: dict[int, float]) -> None:
-        asked = [self.learners[index] for index in indices if self.learners[index].validation]
-        found: dict[int, float] = {}
-        if asked:
-            nll = self.engine.nll([one.validation for one in asked], [one.flat for one in asked], asked[0].state.parts)
-            found = {id(learner): value for learner, value in zip(asked, nll.tolist(), strict=True)}
-        for index in indices:
-            learner = self.learners[index]
-            learner.judge(found.get(id(learner)), losses.get(index))
-
-    def _save_and_dismiss(self, tell: Callable[[_Event], None]) -> None:
-        leaving = any(learner.over for learner in self.learners.values())
-        for learner in self.learners.values():
-            # Who stays when another leaves goes on from there after a kill: in the same company, to the same bits.
-            company = leaving and len(self.learners) > 1
-            if not learner.over and (company or learner.state.step % self.config.checkpoint_steps == 0):
-                learner.save()
-        self._dismiss(tell)
-
-    def _dismiss(self, tell: Callable[[_Event], None]) -> None:
-        for index in [index for index, learner in self.learners.items() if learner.over]:
-            learner = self.learners.pop(index)
-            # Steps that an early stop saves count as done, so that the bar ends full.
-            tell(_Event(index, learner.total_steps - learner.state.step, outcome=learner.result()))
-
-
-def _work(groups: Sequence[_Group], workers: int, on_cpu: bool) -> Generator[_Event]:
+def _work(plan: _Plan, make: Callable[[Sequence[int], Callable[[Event], None]], Group]) -> Generator[Event]:
     """Run the groups on threads and yield what they tell; closing the iterator stops them after the step that they are in."""
-    told: queue.SimpleQueue[_Event | Future[None]] = queue.SimpleQueue()
+    told: queue.SimpleQueue[Event | Future[None]] = queue.SimpleQueue()
     stop = threading.Event()
 
-    def run(group: _Group) -> None:
-        if on_cpu:
-            torch.set_num_threads(1)
+    def run(indices: Sequence[int]) -> None:
+        # What a group holds is made here and gone with it: only those at work take memory.
+        if stop.is_set():
+            return
         try:
-            if not stop.is_set():
-                group.run(told.put, stop)
-        except (CdcdaError, OSError) as error:
-            # A disk that fails or a folder that is gone: it happens to this group.
-            failure = error if isinstance(error, CdcdaError) else FileError(f"{error.filename or 'A file'}: {error.strerror or error}.")
-            for index, learner in group.learners.items():
-                told.put(_Event(index, learner.total_steps - learner.state.step, outcome=failure))
+            make(indices, told.put).run(stop)
+        except torch.cuda.OutOfMemoryError:
+            error = CdcdaError("The GPU's memory is full; give a smaller --cohort.")
+            for index in indices:
+                told.put(Event(index, outcome=error))
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="cohort") as pool:
+    with _threads(plan.workers, "cohort") as pool:
         try:
-            for group in groups:
-                pool.submit(run, group).add_done_callback(told.put)
-            left = len(groups)
+            for indices in plan.groups:
+                pool.submit(run, indices).add_done_callback(told.put)
+            left = len(plan.groups)
             while left:
                 event = told.get()
-                if isinstance(event, _Event):
+                if isinstance(event, Event):
                     yield event
                 else:
                     event.result()
@@ -232,20 +133,31 @@ def _work(groups: Sequence[_Group], workers: int, on_cpu: bool) -> Generator[_Ev
             stop.set()
 
 
+def _on_cpu(decoder: Decoder) -> bool:
+    return decoder.device.type == "cpu"
+
+
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+
+
 @contextmanager
-def _single_threaded_products() -> Iterator[None]:
-    """Let numpy's BLAS work in the thread that calls it: the cores are busy with passes already."""
+def _one_thread_each() -> Iterator[None]:
+    """Let every product run in the thread that asks for it, the cores are busy with passes already; afterwards all is as it was."""
     from threadpoolctl import threadpool_limits
 
+    before = torch.get_num_threads()
     with threadpool_limits(limits=1, user_api="blas"):
         yield
+    # What a thread of ours sets holds for every thread that is made later.
+    torch.set_num_threads(before)
 
 
 def _label(orders: Sequence[Order]) -> str:
     return "training the adapter" if len(orders) == 1 else f"training {len(orders)} adapters"
 
 
-def _note(event: _Event, orders: Sequence[Order], outcomes: Sequence[Trained | None]) -> str:
+def _note(event: Event, orders: Sequence[Order], outcomes: Sequence[Trained | None]) -> str:
     loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}"
     if len(orders) == 1:
         return loss

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cdcda_export.decoder import Decoder
 from cdcda_mobile.training.lora import Layout
+from cdcda_mobile.training.memory import tokens_of_pass
 from cdcda_mobile.training.packed import PackedEngine
 from cdcda_mobile.training.packing import Row
 from cdcda_mobile.training.padded import PaddedEngine
@@ -20,6 +21,7 @@ class Engine(Protocol):
     """Computes losses and gradients of users side by side; see ``PackedEngine`` for shapes and units."""
 
     device: torch.device
+    queues: bool
     cpu_seconds: float
 
     def gradients(
@@ -35,4 +37,6 @@ class Engine(Protocol):
 
 def engine_of(decoder: Decoder, layout: Layout, pool: Executor | None) -> Engine:
     """Return the engine for the device that the base lies on."""
-    return PackedEngine(decoder, layout, pool) if decoder.device.type == "cpu" else PaddedEngine(decoder, layout)
+    if decoder.device.type == "cpu":
+        return PackedEngine(decoder, layout, pool)
+    return PaddedEngine(decoder, layout, tokens_of_pass(decoder))

@@ -1,4 +1,4 @@
-"""One user in a cohort: their own order of rows, learning rate, optimizer, early stop, best step and checkpoint.
+"""One user in a cohort: their own optimizer, early stop, best step and checkpoint.
 
 Every step is a function of the state before it and of (seed, step): nothing is drawn from a running random generator (there is no
 dropout), so a run that was killed continues from its last checkpoint to the same bits.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import resource
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,62 +20,25 @@ from torch import Tensor
 from cdcda_export.decoder import Lora
 from cdcda_export.errors import CdcdaError
 from cdcda_export.manifest import write_atomic
-from cdcda_export.verify import Probe
-from cdcda_mobile.config import SCHEDULES, TrainConfig
+from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.training.lora import Layout
 from cdcda_mobile.training.packing import Row
+from cdcda_mobile.training.schedule import Order, Schedule, row_of
 
 CHECKPOINT = "checkpoint-{step}.safetensors"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training record, and its weight in the loss."""
-
-    probe: Probe
-    weight: float = 1.0
-    synthetic: bool = False
-
-    def row(self) -> Row:
-        """Return it as a row to train on."""
-        return row_of(self.probe, self.weight)
-
-
-def row_of(probe: Probe, weight: float = 1.0) -> Row:
-    """Return an exchange as a row: loss on the answer only."""
-    return Row(tuple(probe.ids[:-1]), probe.answer_positions().start, tuple(probe.answer), weight)
-
-
-@dataclass(frozen=True)
-class Order:
-    """One adapter to train.
-
-    Attributes:
-        user: whose; named in errors and progress.
-        examples: training records, real and synthetic.
-        validation: held-out real records that decide the best step; may be empty (then the last step is kept).
-        directory: where the checkpoint lives.
-        seed: decides initialisation and order.
-        schedule: one of ``config.SCHEDULES``.
-    """
-
-    user: str
-    examples: Sequence[Example]
-    validation: Sequence[Probe]
-    directory: Path
-    seed: int = 0
-    schedule: str = SCHEDULES[0]
+_FORMAT = 1
 
 
 @dataclass
 class State:
-    """All that a resumed run needs besides the examples; ``parts`` is how many passes a batch is cut into."""
+    """All that a resumed run needs besides the examples; ``parts`` is how many passes a batch is cut into, ``failed`` why it ended."""
 
     step: int = 0
     best_step: int = 0
     best_nll: float = math.inf
     bad_evaluations: int = 0
     stopped: bool = False
+    failed: str = ""
     parts: int = 1
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -95,7 +56,11 @@ class TrainResult:
     total_steps: int
 
     def metrics(self) -> dict[str, Any]:
-        """Return what the manifest and the card say of it; ``tokens`` counts those of the rows, computed once or shared."""
+        """Return what the manifest and the card say of it.
+
+        ``tokens`` counts those of the training rows, computed once or shared; seconds include evaluations and checkpoints; the peak is
+        the process's.
+        """
         scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
         state = self.state
         return {
@@ -117,7 +82,7 @@ Trained = TrainResult | CdcdaError
 
 
 class Learner:
-    """The state of one order; resumes from its directory if a checkpoint is there.
+    """The state of one order.
 
     Args:
         order: what to train.
@@ -128,83 +93,57 @@ class Learner:
     """
 
     def __init__(self, order: Order, config: TrainConfig, layout: Layout, flat: Tensor, parts: int) -> None:
-        self.order, self.config, self.layout, self.flat = order, config, layout, flat
-        self.state = State(parts=parts)
-        self.gradient = torch.zeros_like(flat)
-        with torch.no_grad():
-            flat.copy_(layout.initial(order.seed))
-        self.best = flat.clone()
-        flat.grad = self.gradient
-        self.optimizer = torch.optim.AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.order, self.config, self.layout, self.flat, self.parts = order, config, layout, flat, parts
+        self.schedule = Schedule(order, config)
         self.validation = [row_of(probe) for probe in order.validation]
-        self.phases = self._phases()
-        self.total_steps = sum(self._steps(rows) for rows in self.phases) * config.epochs
-        per_epoch = math.ceil(self.total_steps / config.epochs)
-        self.steps_per_epoch = per_epoch
-        self.evaluate_every = max(1, math.ceil(per_epoch / max(1, config.evaluations_per_epoch)))
+        self.gradient = torch.zeros_like(flat)
+        self.start()
+
+    def start(self) -> None:
+        """Go to the beginning."""
+        self.state = State(parts=self.parts)
+        with torch.no_grad():
+            self.flat.copy_(self.layout.initial(self.order.seed))
+        self.best = self.flat.clone()
+        self.flat.grad = self.gradient
+        config = self.config
+        self.optimizer = torch.optim.AdamW([self.flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
     @property
     def over(self) -> bool:
         """Whether there is no step left."""
-        return self.state.stopped or self.state.step >= self.total_steps
+        return bool(self.state.failed) or self.state.stopped or self.state.step >= self.schedule.total_steps
+
+    @property
+    def steps_left(self) -> int:
+        """How many steps there would be if nothing stopped it early."""
+        return self.schedule.total_steps - self.state.step
 
     @property
     def due(self) -> bool:
         """Whether the validation records are to be asked at this step."""
-        return self.state.step % self.evaluate_every == 0 or self.state.step == self.total_steps
-
-    def _phases(self) -> list[list[Row]]:
-        real = [e.row() for e in self.order.examples if not e.synthetic]
-        synthetic = [e.row() for e in self.order.examples if e.synthetic]
-        phases = [synthetic, real] if self.order.schedule == "synthetic-first" else [[e.row() for e in self.order.examples]]
-        return [rows for rows in phases if rows]
-
-    def _steps(self, rows: Sequence[Row]) -> int:
-        return math.ceil(len(rows) / self.config.batch_size)
+        return self.state.step % self.schedule.evaluate_every == 0 or not self.steps_left
 
     def batch(self) -> list[Row]:
         """Return the rows of the next step."""
-        step, size = self.state.step, self.config.batch_size
-        for phase, rows in enumerate(self.phases):
-            steps = self._steps(rows) * self.config.epochs
-            if step >= steps:
-                step -= steps
-                continue
-            epoch, index = divmod(step, self._steps(rows))
-            order = list(range(len(rows)))
-            random.Random(f"{self.order.seed}/{phase}/{epoch}").shuffle(order)
-            return [rows[i] for i in order[index * size : (index + 1) * size]]
-        raise IndexError(self.state.step)
-
-    def learning_rate(self) -> float:
-        """Return the rate of the next step: linear warm-up, then a cosine down to 5 %."""
-        step = self.state.step
-        warmup = max(1, round(self.total_steps * self.config.warmup_fraction))
-        if step < warmup:
-            return self.config.learning_rate * (step + 1) / warmup
-        rest = (step - warmup) / max(1, self.total_steps - warmup)
-        return self.config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest)))
+        return self.schedule.batch(self.state.step)
 
     def update(self, tokens: int) -> None:
         """Clip the gradient and take a step; ``tokens`` is how many the rows had. Nothing here waits for a GPU."""
         norm = self.gradient.norm()
         self.gradient.mul_(torch.clamp(self.config.clip / (norm + 1e-6), max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.schedule.learning_rate(self.state.step)
         with torch.no_grad():
             self.optimizer.step()
         self.state.tokens += tokens
         self.state.step += 1
 
     def check(self, loss: float) -> None:
-        """Refuse a loss that is no number.
-
-        Raises:
-            CdcdaError: it is none.
-        """
+        """Note that a loss is no number: the user has failed then."""
         if not math.isfinite(loss):
             where = f"user {self.order.user} became {loss} at step {self.state.step}"
-            raise CdcdaError(f"The training loss of {where}; lower train.learning_rate in a recipe.")
+            self.state.failed = f"The training loss of {where}; lower train.learning_rate in a recipe."
 
     def judge(self, nll: float | None, train_loss: float | None) -> None:
         """Note a point of the curve; keep the best step, or stop when patience is at its end.
@@ -214,7 +153,7 @@ class Learner:
             train_loss: of the last step; None before the first.
         """
         state = self.state
-        point: dict[str, float] = {"step": state.step, "epoch": state.step / self.steps_per_epoch}
+        point: dict[str, float] = {"step": state.step, "epoch": state.step / self.schedule.steps_per_epoch}
         if train_loss is not None:
             point["train_loss"] = train_loss
         if nll is not None:
@@ -227,55 +166,86 @@ class Learner:
                 state.stopped = state.bad_evaluations >= self.config.patience
         state.curve.append(point)
 
-    def result(self) -> TrainResult:
-        """Return what was trained; without validation records the last step is the best."""
-        if not self.validation:
+    def result(self) -> Trained:
+        """Return what was trained, or why it failed; without validation records the last step is the best."""
+        if not self.state.failed and not self.validation:
             self.best.copy_(self.flat.detach())
             self.state.best_step = self.state.step
-        return TrainResult(self.layout.layers(self.best), self.best, self.state, self.total_steps)
+        if not self.state.failed and not bool(torch.isfinite(self.best).all()):
+            self.check(math.nan)
+        if self.state.failed:
+            return CdcdaError(self.state.failed)
+        return TrainResult(self.layout.layers(self.best), self.best, self.state, self.schedule.total_steps)
 
     # Checkpoints: the last two are kept, so that a group of users finds a step that all of them have.
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step.
+
+        Raises:
+            CdcdaError: it cannot be written.
+        """
         from safetensors.torch import save
 
-        moments = self.optimizer.state[self.flat]
-        tensors = {
-            "flat": self.flat,
-            "best": self.best,
-            "exp_avg": moments["exp_avg"],
-            "exp_avg_sq": moments["exp_avg_sq"],
-            "optimizer_step": moments["step"],
-        }
-        payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"state": json.dumps(vars(self.state))})
-        path = self.order.directory / CHECKPOINT.format(step=self.state.step)
-        write_atomic(path, payload)
+        moments = self.optimizer.state.get(self.flat) or {}
+        tensors = {"flat": self.flat, "best": self.best, **{name: moments[name] for name in ("exp_avg", "exp_avg_sq", "step") if moments}}
+        metadata = {"format": str(_FORMAT), "state": json.dumps(vars(self.state))}
+        payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+        write_atomic(self._path(self.state.step), payload)
         for old in self._checkpoints()[:-2]:
             old.unlink(missing_ok=True)
 
     def steps_saved(self) -> set[int]:
         """Return the steps that a run may resume from; 0 is always one."""
-        return {0, *(int(path.stem.rpartition("-")[2]) for path in self._checkpoints())}
+        return {0, *map(_step_of, self._checkpoints())}
 
-    def resume(self, step: int) -> None:
-        """Continue from the checkpoint of a step; 0 is the beginning."""
-        from safetensors import safe_open
+    def resume(self, step: int) -> bool:
+        """Continue from the checkpoint of a step (0 is the beginning), and forget later ones; say whether it was whole."""
+        for later in self._checkpoints():
+            if _step_of(later) > step:
+                later.unlink(missing_ok=True)
+        self.start()
+        if step == 0 or self._load(step):
+            return True
+        self._path(step).unlink(missing_ok=True)
+        self.start()
+        return False
 
-        if step == 0:
-            return
-        path = self.order.directory / CHECKPOINT.format(step=step)
-        with safe_open(path, framework="pt", device=str(self.flat.device)) as file:
-            self.state = State(**json.loads(file.metadata()["state"]))
-            with torch.no_grad():
-                self.flat.copy_(file.get_tensor("flat"))
-            self.best = file.get_tensor("best")
-            self.optimizer.state[self.flat] = {
-                "step": file.get_tensor("optimizer_step").to(self.flat.device),
-                "exp_avg": file.get_tensor("exp_avg"),
-                "exp_avg_sq": file.get_tensor("exp_avg_sq"),
-            }
+    def end(self) -> bool:
+        """Go to the newest checkpoint if it is of an end: of a user who was through, or had failed, before the others of the group."""
+        newest = max(self.steps_saved())
+        if newest and self._load(newest) and self.over:
+            return True
+        self.start()
+        return False
+
+    def _load(self, step: int) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(step), framework="pt", device=str(self.flat.device)) as file:
+                metadata = file.metadata()
+                if metadata["format"] != str(_FORMAT):
+                    return False
+                self.state = State(**json.loads(metadata["state"]))
+                found = {name: file.get_tensor(name) for name in ("flat", "best", "exp_avg", "exp_avg_sq", "step")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return False
+        if any(found[name].shape != self.flat.shape for name in ("flat", "best", "exp_avg", "exp_avg_sq")):
+            return False
+        with torch.no_grad():
+            self.flat.copy_(found["flat"])
+        self.best = found["best"]
+        self.optimizer.state[self.flat] = {name: found[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        return True
+
+    def _path(self, step: int) -> Path:
+        return self.order.directory / CHECKPOINT.format(step=step)
 
     def _checkpoints(self) -> list[Path]:
         found = self.order.directory.glob(CHECKPOINT.format(step="*"))
-        return sorted((p for p in found if p.stem.rpartition("-")[2].isdecimal()), key=lambda p: int(p.stem.rpartition("-")[2]))
+        return sorted((path for path in found if path.stem.rpartition("-")[2].isdecimal()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])

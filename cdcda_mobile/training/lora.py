@@ -113,9 +113,14 @@ def save_adapter(layers: dict[str, Lora], base_name: str, directory: Path) -> li
 
     Returns:
         The names of the files.
+
+    Raises:
+        ConfigError: ranks or scales differ, which this file format has no plain way to say.
     """
     from safetensors.numpy import save
 
+    if len({(lora.down.shape[0], lora.scale) for lora in layers.values()}) > 1:
+        raise ConfigError("An adapter whose modules differ in rank or scale cannot be saved as a plain one.")
     tensors = {}
     for name, lora in layers.items():
         for kind, part in (("lora_A", lora.down), ("lora_B", lora.up)):

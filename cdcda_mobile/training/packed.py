@@ -18,7 +18,7 @@ from cdcda_mobile.training.packing import Pack, Row, pack, split
 # Of one pass: what its backward needs is about 0.8 MB per token with SmolLM2-135M.
 MOST_TOKENS = 1024
 # States of frozen layers that a group of users keeps: 3 000 rows of 75 tokens with SmolLM2-135M.
-_MOST_KEPT = 512 << 20
+MOST_KEPT = 512 << 20
 _T = TypeVar("_T")
 
 
@@ -32,12 +32,13 @@ class PackedEngine:
 
     Attributes:
         device: where adapters and gradients lie.
+        queues: whether ``gradients`` returns before its work is done.
         cpu_seconds: spent in threads of the pool.
     """
 
     def __init__(self, decoder: Decoder, layout: Layout, pool: Executor | None = None) -> None:
         self.decoder, self.layout, self.pool = decoder, layout, pool
-        self.device, self.cpu_seconds = torch.device("cpu"), 0.0
+        self.device, self.queues, self.cpu_seconds = torch.device("cpu"), False, 0.0
         self.below = FrozenLayers(decoder, layout.first_layer) if layout.first_layer else None
 
     def gradients(
@@ -52,11 +53,11 @@ class PackedEngine:
             parts: passes that each user's batch is cut into, so that as many threads can work on a lone user.
 
         Returns:
-            The mean loss of each user, weighted by answer token, in nats: shape (users,).
+            Each user's loss, sum(weight * NLL) / answer tokens, in nats: shape (users,).
         """
         plans = self._plans(batches, parts)
         scratch = [gradients if index == 0 else [torch.empty_like(g) for g in gradients] for index in range(len(plans))]
-        totals = [sum(row.weight * len(row.targets) for row in rows) for rows in batches]
+        answers = [sum(len(row.targets) for row in rows) for rows in batches]
 
         def run(index: int) -> list[tuple[int, float]]:
             users = [user for user, rows in enumerate(plans[index]) if rows]
@@ -65,7 +66,7 @@ class PackedEngine:
             packed = pack([plans[index][user] for user in users])
             shares = packed.weights.clone()
             for user, span in zip(users, packed.spans, strict=True):
-                shares[span.answers] /= totals[user]
+                shares[span.answers] /= answers[user]
             views = [self.layout.views(adapters[user]) for user in users]
             into = [self.layout.views(scratch[index][user]) for user in users]
             losses = PackedPass(self.decoder, self.layout, packed, views, self.below).backward(shares, into) * shares
@@ -132,19 +133,17 @@ class FrozenLayers:
 
     def __call__(self, packed: Pack) -> Tensor:
         """Return the input of the first adapted layer: shape (tokens, hidden)."""
-        rows = {segment.row.ids: segment.row for segment in packed.segments}
-        found = {ids: self._kept[ids] for ids in rows if ids in self._kept}
-        missing = [row for ids, row in rows.items() if ids not in found]
-        if missing:
-            # Each apart, as if of different users: so that its states lie in one piece.
-            apart = pack([[row] for row in missing])
-            x = PackedPass(self.decoder, None, apart, None).below(self.first_layer)
-            for row, span in zip(missing, apart.spans, strict=True):
-                found[row.ids] = x[span.tokens].clone()
-                self._keep(row.ids, found[row.ids])
+        found: dict[tuple[int, ...], Tensor] = {}
+        for segment in packed.segments:
+            ids = segment.row.ids
+            if ids not in found:
+                found[ids] = self._kept[ids] if ids in self._kept else self._computed(segment.row)
         return torch.cat([found[s.row.ids][s.position : s.position + s.stop - s.start] for s in packed.segments])
 
-    def _keep(self, ids: tuple[int, ...], states: Tensor) -> None:
-        if self._bytes < _MOST_KEPT:
-            self._kept[ids] = states
+    def _computed(self, row: Row) -> Tensor:
+        """Compute a row by itself: the same bits whichever rows are computed already."""
+        states = PackedPass(self.decoder, None, pack([[row]]), None).below(self.first_layer)
+        if self._bytes < MOST_KEPT:
+            self._kept[row.ids] = states
             self._bytes += states.nbytes
+        return states

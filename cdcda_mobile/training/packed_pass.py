@@ -299,6 +299,8 @@ class PackedPass:
         d_attended = self._affine_backward(d, saved.attended, (layer, "o"))
         if self._is_last(layer):
             d_attended, d_middle = self._scattered(d_attended), self._scattered(d_middle)
+        if lowest and (self.layout is None or (layer, "qkv") not in self.layout.parts):
+            return dy
         d_qkv = self._rotate_backward(layer, self.attention.backward(d_attended, saved.heads, saved.probabilities), saved)
         normed = (saved.x * saved.scale_in).mul_(self.decoder.norm_weight(f"{prefix}.input_layernorm"))
         if lowest:

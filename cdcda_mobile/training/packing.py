@@ -1,8 +1,8 @@
 """Rows of many users laid end to end: no padding, and what several rows of a user begin with stands there once.
 
 Every row of a user starts with the same system turn and instruction, and a decoder is causal: the hidden states of a shared beginning are
-the same in each row, so they are computed once and every row attends to them. Loss and gradients are those of the rows one by one, with
-two in five tokens of a headline task not computed.
+the same in each row, so they are computed once and every row attends to them. Loss and gradients are those of the rows one by one, and more
+than a third of the tokens of a headline task is not computed.
 """
 
 from __future__ import annotations

@@ -63,9 +63,10 @@ class PaddedEngine:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.cpu_seconds = 0.0  # no pass runs in another thread
         self.layout, self.shape, self.most_tokens = layout, decoder.shape, most_tokens
         self.device = device or decoder.device
+        self.queues = self.device.type == "cuda"
+        self.cpu_seconds = 0.0  # what autograd's own thread takes is not known here
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         weights = decoder.weights
         self._embedding = self._frozen(weights["model.embed_tokens.weight"])
@@ -98,7 +99,7 @@ class PaddedEngine:
             parts: means nothing here; ``most_tokens`` decides.
 
         Returns:
-            The mean loss of each user, weighted by answer token, in nats: shape (users,).
+            Each user's loss, sum(weight * NLL) / answer tokens, in nats: shape (users,).
         """
         flats = torch.stack([adapter.detach() for adapter in adapters]).requires_grad_()
         flats.grad = torch.zeros_like(flats)

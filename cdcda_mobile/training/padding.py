@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -56,9 +55,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def shares(rows: Sequence[Row]) -> list[Row]:
-    """Return rows whose weights, summed over all answer tokens, are 1; NaN where no token has a weight."""
-    total = sum(row.weight * len(row.targets) for row in rows)
-    return [replace(row, weight=row.weight / total if total else math.nan) for row in rows]
+    """Return rows whose weights are divided by the number of answer tokens of all."""
+    answers = sum(len(row.targets) for row in rows)
+    return [replace(row, weight=row.weight / answers) for row in rows]
 
 
 def blocks(batches: Sequence[Sequence[Row]], most: int) -> Iterator[Block]:

@@ -29,16 +29,23 @@ def shared_layers(directory: Path, base: Base) -> dict[str, Lora]:
 
 
 def folded(shared: dict[str, Lora], personal: dict[str, Lora]) -> dict[str, Lora]:
-    """Return one adapter that changes the base as the two together do: the ranks add up, the scale is 1, what one lacks is zero."""
-    ranks = [next(iter(layers.values())).down.shape[0] for layers in (shared, personal)]
+    """Return one adapter that changes the base as the two together do: the ranks add up, the scale is 1, what one lacks is zero.
+
+    Where the ranks of one adapter differ from module to module, all get its largest.
+    """
+    ranks = [max(lora.down.shape[0] for lora in layers.values()) for layers in (shared, personal)]
     found = {}
     for name in dict.fromkeys([*shared, *personal]):
         present = shared.get(name) or personal[name]
         rows, columns = present.up.shape[0], present.down.shape[1]
         downs, ups = [], []
         for layers, rank in zip((shared, personal), ranks, strict=True):
-            lora = layers.get(name)
-            downs.append(lora.down if lora else torch.zeros(rank, columns, device=present.down.device))
-            ups.append(lora.up * lora.scale if lora else torch.zeros(rows, rank, device=present.down.device))
+            down, up = torch.zeros(rank, columns, device=present.down.device), torch.zeros(rows, rank, device=present.down.device)
+            if name in layers:
+                lora = layers[name]
+                own = lora.down.shape[0]
+                down[:own], up[:, :own] = lora.down, lora.up * lora.scale
+            downs.append(down)
+            ups.append(up)
         found[name] = Lora(torch.cat(downs), torch.cat(ups, dim=1), 1.0)
     return found

@@ -17,7 +17,7 @@ from cdcda_export.cache import cache_folder
 from cdcda_export.errors import CdcdaError, FileError
 from cdcda_export.folders import make_private
 from cdcda_export.progress import Progress
-from cdcda_mobile.fleet_view import Reporter
+from cdcda_mobile.fleet.view import Reporter
 from cdcda_mobile.pipeline import UserJob
 from cdcda_mobile.upload import upload_finished
 
@@ -25,7 +25,7 @@ Work = Callable[[Sequence[UserJob], Progress, Base], list[Outcome]]
 
 
 @dataclass(frozen=True)
-class Order:
+class Task:
     """What a worker is told. ``environment`` holds secrets, so it is never shown."""
 
     number: int
@@ -38,7 +38,7 @@ class Order:
     deaths: int = 0
 
 
-def work_on(order: Order, board: Any) -> list[Outcome]:
+def work_on(order: Task, board: Any) -> list[Outcome]:
     """Work on a cohort; runs in a worker."""
     try:
         reporter = Reporter(order.number, _settle(order), board.tell.remote)
@@ -48,7 +48,7 @@ def work_on(order: Order, board: Any) -> list[Outcome]:
         return [Outcome(job.user, error=str(error)) for job in order.jobs]
 
 
-def _settle(order: Order) -> str:
+def _settle(order: Task) -> str:
     """Make this worker's process what the driver's is: its folder, its secrets, and no more cores than its share. Return its name."""
     for name in [name for name in os.environ if name.startswith("OPENAI_")]:
         del os.environ[name]  # a node's own endpoint must not get records that the driver would send elsewhere

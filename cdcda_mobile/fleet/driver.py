@@ -16,9 +16,9 @@ from cdcda_export.base import Base
 from cdcda_export.batch import Outcome
 from cdcda_export.progress import Progress
 from cdcda_mobile.cohorts import cohorts_of, run_cohort
-from cdcda_mobile.fleet_cluster import Share, cluster, share_of
-from cdcda_mobile.fleet_view import Event, View, choose_view
-from cdcda_mobile.fleet_worker import Order, Work, work_on
+from cdcda_mobile.fleet.cluster import Share, cluster, share_of
+from cdcda_mobile.fleet.view import Event, View, choose_view
+from cdcda_mobile.fleet.worker import Task, Work, work_on
 from cdcda_mobile.pipeline import UserJob
 
 # A user who was alone when the worker died is guilty; a cohort's deaths count as one against each of its users.
@@ -100,11 +100,11 @@ class _Fleet:
 
     def __init__(self, ray: Any, share: Share, upload: str, view: View, work: Work) -> None:
         self.ray, self.view = ray, view
-        self.running: dict[Any, Order] = {}
+        self.running: dict[Any, Task] = {}
         self.found: dict[str, Outcome] = {}
         self.count = 0
         environment = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
-        self.order = Order(0, (), share.cores, os.getcwd(), upload, work, environment)
+        self.order = Task(0, (), share.cores, os.getcwd(), upload, work, environment)
         # Our own retries know whose fault a death may be; Ray's would try a poisonous cohort again as it is.
         self.task = ray.remote(num_cpus=share.cores, num_gpus=share.gpus, max_retries=0)(work_on)
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -153,7 +153,7 @@ class _Fleet:
         self.found |= {outcome.name: outcome for outcome in outcomes}
         self.view.ended(order.number, len(outcomes), sum(bool(outcome.error) for outcome in outcomes))
 
-    def _lost(self, order: Order, why: str, died: bool) -> None:
+    def _lost(self, order: Task, why: str, died: bool) -> None:
         """Try a cohort again whose worker died, or its users one by one: what only one of them does must not harm the others."""
         state, deaths, users = self.view.states.get(order.number), order.deaths + 1, [job.user for job in order.jobs]
         at = f", while {state.label}" if state is not None and state.label else ""
