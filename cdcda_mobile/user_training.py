@@ -157,7 +157,9 @@ def forbid_leaks(train: Sequence[Record], synthetic: Sequence[Record], held_out:
             raise WorkspaceError(f"Record {record.id} is in the training set and in the held-out set; run with --redo history.")
     for record in synthetic:
         if (record.task, text_of(record)[0]) in inputs:
-            raise WorkspaceError(f"Synthetic record {record.id} has the input of a record that is in the held-out set; run with --redo augment.")
+            raise WorkspaceError(
+                f"Synthetic record {record.id} has the input of a record that is in the held-out set; run with --redo augment."
+            )
 
 
 def forbid_shared_leaks(directory: Path, held_out: Sequence[Record], user: str) -> None:
