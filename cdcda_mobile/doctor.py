@@ -28,6 +28,8 @@ _PARTS = {
     "sentencepiece": ("sentencepiece", "hf", "Hugging Face bases"),
     "sqlalchemy": ("sqlalchemy", "data", "histories in databases"),
     "pyarrow": ("pyarrow", "data", "histories in Parquet files"),
+    "ray": ("ray", "fleet", "fleets"),
+    "fsspec": ("fsspec", "fleet", "uploads"),
 }
 
 
