@@ -82,7 +82,7 @@ class _Cohort:
         try:
             self._each("reading histories", [job.user for job in self.jobs], self._open)
             augments = self.jobs[0].augment.keep and not self.jobs[0].export_only
-            self._each("augmenting" if augments else "splitting histories", list(self.pipelines), self._prepare)
+            self._each("augmenting" if augments else "preparing", list(self.pipelines), self._prepare)
             if not self.jobs[0].export_only:
                 self._train()
             if self.until == "export":
