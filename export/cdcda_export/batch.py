@@ -78,7 +78,7 @@ def summary_lines(outcomes: Sequence[Outcome], done: str = "exported") -> list[s
         lines += [f"        {'':<{width}}  warning: {clean(text)}" for text in o.warnings]
     lines += [f"FAILED  {o.name:<{width}}  {o.error}" for o in bad]
     reused, seconds = sum(o.reused for o in good), sum(o.seconds for o in outcomes)
-    lines.append(f"{len(good)} {done} ({reused} of them reused), {len(bad)} failed, {duration(seconds)}")
+    lines.append(f"{len(good)} {done} ({reused} of them reused), {len(bad)} failed, {duration(seconds)} of work")
     return lines
 
 
