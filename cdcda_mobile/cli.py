@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cdcda_export.errors import CdcdaError, DiskFull, did_you_mean, is_disk_full
-from cdcda_export.progress import choose_progress
 from cdcda_export.recipe import ExportConfig, build_config, read_recipe, shipped_recipes
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
 
@@ -145,18 +144,9 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _augment(arguments: argparse.Namespace) -> None:
-    from cdcda_mobile.export_command import dry_run, print_json, user_job
-    from cdcda_mobile.pipeline import Pipeline
+    from cdcda_mobile.export_command import run_stage
 
-    pipeline = Pipeline(user_job(arguments, _configs(arguments), arguments.user), choose_progress(arguments.quiet))
-    if arguments.dry_run:
-        dry_run(pipeline, arguments.json)
-        return
-    metrics = pipeline.run(until="augment")
-    if arguments.json:
-        print_json(metrics)
-    else:
-        print(pipeline.directory / "augment")
+    run_stage(arguments, _configs(arguments), "augment")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -85,6 +85,21 @@ def dry_run(pipeline: Pipeline, as_json: bool) -> None:
         print(f"{'run  ' if step.runs else 'reuse'}  {step.stage:<14} {step.why}")
 
 
+def run_stage(arguments: argparse.Namespace, configs: Configs, stage: str) -> None:
+    """Run one user's job up to a stage, or say what would run, and print where its result lies."""
+    from cdcda_mobile.pipeline import Pipeline
+
+    pipeline = Pipeline(user_job(arguments, configs, arguments.user), choose_progress(arguments.quiet))
+    if arguments.dry_run:
+        dry_run(pipeline, arguments.json)
+        return
+    metrics = pipeline.run(until=stage)
+    if arguments.json:
+        print_json(metrics)
+    else:
+        print(pipeline.directory / stage)
+
+
 def print_json(value: object) -> None:
     """Print a value as readable JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

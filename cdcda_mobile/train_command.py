@@ -6,7 +6,7 @@ import argparse
 
 from cdcda_export.errors import ConfigError
 from cdcda_export.progress import choose_progress
-from cdcda_mobile.export_command import Configs, dry_run, named_users, print_json, report, user_job
+from cdcda_mobile.export_command import Configs, named_users, print_json, report, run_stage, user_job
 
 
 def train(arguments: argparse.Namespace, configs: Configs) -> int:
@@ -26,7 +26,8 @@ def train(arguments: argparse.Namespace, configs: Configs) -> int:
     if arguments.shared:
         return _train_shared(arguments, configs)
     if arguments.user is not None:
-        return _train_one(arguments, configs)
+        run_stage(arguments, configs, "adapter")
+        return 0
     if arguments.users is None:
         raise ConfigError("Name whose adapter to train with --user (samples: 17, 42, 63, 88), or many with --users FILE|all.")
     from cdcda_export.base import Base
@@ -37,21 +38,6 @@ def train(arguments: argparse.Namespace, configs: Configs) -> int:
     jobs = [user_job(arguments, configs, user) for user in named_users(arguments, configs)]
     outcomes = [outcome for cohort in cohorts_of(jobs, base) for outcome in run_cohort(cohort, progress, base, until="adapter")]
     return report(outcomes, arguments.json, done="trained")
-
-
-def _train_one(arguments: argparse.Namespace, configs: Configs) -> int:
-    from cdcda_mobile.pipeline import Pipeline
-
-    pipeline = Pipeline(user_job(arguments, configs, arguments.user), choose_progress(arguments.quiet))
-    if arguments.dry_run:
-        dry_run(pipeline, arguments.json)
-        return 0
-    metrics = pipeline.run(until="adapter")
-    if arguments.json:
-        print_json(metrics)
-    else:
-        print(pipeline.directory / "adapter")
-    return 0
 
 
 def _train_shared(arguments: argparse.Namespace, configs: Configs) -> int:

@@ -218,7 +218,6 @@ def _train(
     progress: Progress,
     members: Sequence[str],
 ) -> None:
-
     through: dict[int, Trained] = {}
 
     def finished(at: int, outcome: Trained) -> None:
