@@ -19,7 +19,6 @@ import pytest
 from cdcda_export.errors import ConfigError, DataError, FileError, MissingDependency, UnknownUser
 from cdcda_mobile.history import Malformed, list_users, read_history
 from cdcda_mobile.sources import files
-from cdcda_mobile.sources.columns import _BY_TASK
 from cdcda_mobile.sources.parquet import _may_hold
 from cdcda_mobile.tasks import TASKS
 from history_rows import Rows, config, rows_of, write_jsonl
@@ -134,6 +133,8 @@ def test_every_file_may_be_absent_or_damaged(name: str, tmp_path: Path) -> None:
         ("reply", {"message": "m", "reply": "r"}, ("m", "r")),
         ("citation", {"question": "q", "answer": "[2]"}, ("q", "[2]")),
         ("tweet", {"paraphrase": "p", "tweet": "t"}, ("p", "t")),
+        ("news_section", {"text": "t", "category": "WEIRD NEWS"}, ("t", "weird news")),
+        ("writing", {"plain": "p", "text": "t"}, ("p", "t")),
         ("headline", {"Text": "t", "TITLE": "h"}, ("t", "h")),
     ],
 )
@@ -141,7 +142,15 @@ def test_columns_are_guessed_by_task(task: str, columns: dict[str, object], pair
     path = write_jsonl(tmp_path / "a.jsonl", [{"author": 7, "sent": "2020", **columns}])
     (record,) = read_history("7", config(path, task=task)).records
     assert (record.task, record.input, record.output) == (task, *pair)
-    assert set(_BY_TASK) == set(TASKS)
+
+
+@pytest.mark.parametrize("task", ["tweet", "writing"])
+def test_a_text_without_an_input_is_completed(task: str, tmp_path: Path) -> None:
+    rows = [{"author": 7, "sent": "2020", "text": "one two three four five"}, {"author": 7, "sent": "2021"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    read = read_history("7", config(path, task=task))
+    assert [(r.task, r.input, r.output) for r in read.records] == [(TASKS[task].completion, "one", "one two three four five")]
+    assert [bad.reason for bad in read.malformed] == ["no output"]
 
 
 def test_a_task_column_wins_and_the_task_fills_its_gaps(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from cdcda_export.errors import ConfigError, DataError, FileError, UnknownUser
 from cdcda_mobile.history import Malformed, list_users, read_history, split_by_time
 from cdcda_mobile.sources import json_stream
 from cdcda_mobile.sources.json_stream import iter_json_array
-from cdcda_mobile.sources.lamp import DATASETS, complete_tweet
+from cdcda_mobile.sources.lamp import DATASETS
+from cdcda_mobile.sources.records import beginning_of
+from cdcda_mobile.tasks import TASKS
 from history_rows import config
 
 NEWS = "food & drink, sports, education"
@@ -75,7 +77,8 @@ def test_user_split_of_every_task(name: str, tmp_path: Path) -> None:
     assert [record.date for record in read.records[:3]] == ["0001-01-01", "0001-01-02", "0001-01-03"]
     assert read.records[2].date < read.records[3].date < "0002"
     dataset = DATASETS[name]
-    assert {record.task for record in read.records[:3]} == {dataset.profile_task}
+    alone = TASKS[dataset.task].completion  # a profile of texts without inputs
+    assert {record.task for record in read.records[:3]} == {dataset.profile_task if dataset.profile[0] else alone}
     last = read.records[3]
     assert (last.task, last.output) == (dataset.task, gold)
     assert last.input == (question(name, 110, [])["input"] if name == "LaMP_1" else "unseen: text 110")
@@ -229,12 +232,10 @@ def test_a_tweet_is_completed_from_10_to_25_percent() -> None:
     shares = []
     for _ in range(300):
         tweet = " ".join(f"w{draw.randrange(10**6)}" for _ in range(100))
-        given, output = complete_tweet(tweet)
-        prefix = given
-        assert output == tweet
-        assert tweet.startswith(prefix)
-        assert complete_tweet(tweet) == (given, output)
-        shares.append(len(prefix.split()))
+        given = beginning_of(tweet)
+        assert tweet.startswith(given)
+        assert beginning_of(tweet) == given
+        shares.append(len(given.split()))
     assert min(shares) == 10
     assert max(shares) == 25
     assert len(set(shares)) == 16
@@ -245,8 +246,8 @@ def test_a_tweet_of_one_word_is_malformed(tmp_path: Path) -> None:
     write(tmp_path, "train", "LaMP_7", [question("LaMP_7", 1, profile)])
     read = read_history("1", config(tmp_path))
     assert len(read.records) == 1
-    assert [bad.reason for bad in read.malformed] == ["a tweet of one word cannot be completed", "no text"]
-    assert read.malformed[0] == Malformed("train_questions.json question 1 profile item 1", "a tweet of one word cannot be completed")
+    assert [bad.reason for bad in read.malformed] == ["a text of one word cannot be completed", "no output"]
+    assert read.malformed[0] == Malformed("train_questions.json question 1 profile item 1", "a text of one word cannot be completed")
 
 
 # The incremental reader

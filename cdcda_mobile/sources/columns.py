@@ -20,21 +20,6 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "output": ("output", "target", "gold", "completion"),
 }
 
-# A column such as "title" is an output for one task and nothing for another, so these come by task.
-_BY_TASK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "citation": (("question",), ("answer", "reference")),
-    "news_category": ((), ("category", "label")),
-    "movie_tag": (("description", "plot"), ("tag", "label")),
-    "rating": (("review",), ("score", "rating", "stars")),
-    "headline": ((), ("title", "headline")),
-    "paper_title": (("abstract",), ("title",)),
-    "subject": (("body", "email"), ("subject", "title")),
-    "tweet": (("paraphrase",), ("tweet",)),
-    "tweet_completion": (("beginning", "prefix"), ("tweet",)),
-    "commit": (("files", "diff", "changes"), ("subject", "message", "title")),
-    "reply": (("message", "question"), ("reply", "answer", "response")),
-}
-
 
 def check_map(config: HistoryConfig) -> None:
     """Refuse a mapping or a task that cannot be meant.
@@ -47,6 +32,10 @@ def check_map(config: HistoryConfig) -> None:
             raise ConfigError(f"The column mapping has no key '{key}'.{did_you_mean(key, FIELDS)}")
     if config.task:
         get_task(config.task)
+
+
+def _completes(task: str) -> bool:
+    return task in TASKS and bool(TASKS[task].completion)
 
 
 class Columns:
@@ -84,11 +73,14 @@ class Columns:
         return next((self._found[name] for name in _SYNONYMS[field] if name in self._found), "")
 
     def _pair(self, task: str) -> tuple[str, str]:
-        """Return the input and the output column for one task, "" where there is none."""
-        inputs, outputs = _BY_TASK.get(task, ((), ()))
+        """Return the input and the output column for one task, "" where there is none; a lone text is an output where the task allows."""
+        known = TASKS.get(task)  # a column such as "title" is an output for one task and nothing for another
+        inputs, outputs = known.columns if known else ((), ())
         mapped = self._config.map
         source = mapped.get("input") or self._first("input", inputs, {mapped.get("output", "")})
         target = mapped.get("output") or self._first("output", outputs, {source})
+        if known and known.completion and not (source and target):
+            return "", source or target
         return source, target
 
     def _first(self, field: str, special: tuple[str, ...], taken: set[str]) -> str:
@@ -105,7 +97,7 @@ class Columns:
             for name, there in (
                 ("user", bool(self.user) or not needs_user),
                 ("date", bool(self.date)),
-                ("input", any(source for source, _ in pairs)),
+                ("input", any(source for source, _ in pairs) or any(self._pairs[task][1] for task in self._pairs if _completes(task))),
                 ("output", any(target for _, target in pairs)),
             )
             if not there
@@ -134,7 +126,7 @@ class Columns:
             task = self._config.task or None
         task = task.strip() if isinstance(task, str) else task
         source, target = self._pairs.get(task, ("", "")) if isinstance(task, str) else ("", "")
-        if task in TASKS and not (source and target):
+        if task in TASKS and not (target and (source or _completes(task))):
             lacking = "output" if source else "input"
             return Malformed(place, f"no column for the {lacking} of task {task} among {', '.join(self._names)}")
         fields = {"task": task, "input": values.get(source), "output": values.get(target)}

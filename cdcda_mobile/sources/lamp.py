@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,47 +19,16 @@ from cdcda_export.errors import ConfigError, DataError
 from cdcda_mobile.config import HistoryConfig
 from cdcda_mobile.sources.columns import check_map
 from cdcda_mobile.sources.json_stream import iter_json_array
-from cdcda_mobile.sources.records import Malformed, Row, Unusable, as_text, as_user, normal_date
+from cdcda_mobile.sources.records import Malformed, Row, Unusable, as_user, normal_date
+from cdcda_mobile.tasks import TASKS, Lamp
 
-_SHORTEST_PREFIX, _LONGEST_PREFIX = 0.10, 0.25
 _FOLDER = re.compile(r"LaMP_([1-7])([NM]?)", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|_)(train|dev|test)_questions\.json$")
 _RANK = {"train": 1, "dev": 2, "test": 3}
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """One of LaMP's tasks: how its questions begin and what its profile items are pairs of."""
-
-    name: str
-    task: str
-    question: re.Pattern[str]
-    profile_task: str
-    profile_input: str
-    profile_output: str
-
-    def asked(self, text: str) -> str:
-        """Return a question without the words of its template; our own prompt is put around it later."""
-        found = self.question.match(text)
-        return found.group("x") if found else text
-
-
-def _dataset(name: str, task: str, template: str, pair: tuple[str, str], profile_task: str = "") -> Dataset:
-    return Dataset(name, task, re.compile(template, re.DOTALL), profile_task or task, *pair)
-
-
-_ROWS = (
-    # The question is kept whole: it names the two candidates, and the task's own prompt is the bare input.
-    _dataset("LaMP_1", "citation", r"(?P<x>For an author who has written the paper .*)", ("abstract", "title"), "paper_title"),
-    _dataset("LaMP_2N", "news_category", r"Which category does this article .*?\barticle: (?P<x>.*)", ("text", "category")),
-    _dataset("LaMP_2M", "movie_tag", r"Which tag does this movie .*?\bdescription: (?P<x>.*)", ("description", "tag")),
-    _dataset("LaMP_3", "rating", r"What is the score of the following review .*?\breview: (?P<x>.*)", ("text", "score")),
-    _dataset("LaMP_4", "headline", r"Generate a headline for the following article: (?P<x>.*)", ("text", "title")),
-    _dataset("LaMP_5", "paper_title", r"Generate a title for the following abstract[^:]*: (?P<x>.*)", ("abstract", "title")),
-    _dataset("LaMP_6", "subject", r"Generate a subject for the following email: (?P<x>.*)", ("text", "title")),
-    _dataset("LaMP_7", "tweet", r"Paraphrase the following (?:text into )?tweet[^:]*: (?P<x>.*)", ("text", "text"), "tweet_completion"),
-)
-DATASETS: dict[str, Dataset] = {row.name: row for row in _ROWS}
+# The tasks that the benchmark has, by its own names.
+DATASETS: dict[str, Lamp] = {task.lamp.name: task.lamp for task in TASKS.values() if task.lamp}
 
 
 @dataclass(frozen=True)
@@ -69,7 +37,7 @@ class _File:
 
     path: Path
     name: str
-    dataset: Dataset
+    dataset: Lamp
     timed: bool
     rank: int
 
@@ -102,7 +70,7 @@ def _rank(path: Path) -> int:
     return _RANK[found.group(1)] if found else len(_RANK) + 1
 
 
-def _recognise(path: Path, question: Any, config: HistoryConfig) -> Dataset:
+def _recognise(path: Path, question: Any, config: HistoryConfig) -> Lamp:
     """Tell the dataset of a file by the words of its first question, else by a folder's name, else by the task asked for."""
     text = question.get("input") if isinstance(question, dict) else None
     for dataset in DATASETS.values():
@@ -126,8 +94,7 @@ class LampSource:
     Profile items become records as the table of datasets says. Two profiles hold no pairs of their task:
 
     * LaMP-1 (title, abstract) gives ``paper_title`` records, abstract to title.
-    * LaMP-7 (tweets) gives completions: the input is the first 10 to 25 % of the words, the
-      output is the whole tweet. The share comes from a hash of the tweet, so the same file always gives the same records.
+    * LaMP-7 (tweets) gives completions: the input is the beginning of the tweet, the output is the whole of it.
 
     A question with a gold output follows its own profile in time. Without dates (user split) the order of the file is kept by
     counting days from 0001-01-01, which are valid dates and plainly not real ones.
@@ -240,15 +207,10 @@ class _Reading:
                 yield self._item(file.dataset, where, item, date)
         self._seen |= new
 
-    def _item(self, dataset: Dataset, place: str, item: dict[str, Any], date: object) -> Row | Malformed:
+    def _item(self, dataset: Lamp, place: str, item: dict[str, Any], date: object) -> Row | Malformed:
         fields = {"id": item.get("id"), "date": date, "task": dataset.profile_task}
-        if dataset.name == "LaMP_7":
-            try:
-                fields["input"], fields["output"] = complete_tweet(as_text(item.get("text"), "text"))
-            except Unusable as error:
-                return Malformed(place, str(error))
-        else:
-            fields["input"], fields["output"] = item.get(dataset.profile_input), item.get(dataset.profile_output)
+        source, target = dataset.profile
+        fields["input"], fields["output"] = item.get(source) if source else None, item.get(target)
         return Row(place, self._next(), fields)
 
     def _day(self) -> str:
@@ -267,7 +229,7 @@ class _Reading:
         except OverflowError:  # the last second of the year 9999
             return self._last
 
-    def answer(self, dataset: Dataset, identity: str, question: _Question, output: object) -> Row:
+    def answer(self, dataset: Lamp, identity: str, question: _Question, output: object) -> Row:
         """Return the row of a question and its gold output."""
         text = dataset.asked(question.text) if isinstance(question.text, str) else question.text
         fields = {"id": f"q{identity}", "date": question.date, "task": dataset.task, "input": text, "output": output}
@@ -279,20 +241,3 @@ def _date_or_none(date: object) -> str:
         return normal_date(date)
     except Unusable:
         return ""  # the item itself is reported by whoever cleans its row
-
-
-def complete_tweet(tweet: str) -> tuple[str, str]:
-    """Turn a tweet into (a beginning to complete, the tweet), after LaMP's own recipe for histories without pairs.
-
-    The beginning is 10 to 25 % of the words, at least one; the share is a hash of the tweet.
-
-    Raises:
-        Unusable: the tweet has fewer than two words.
-    """
-    words = tweet.split()
-    if len(words) < 2:
-        raise Unusable("a tweet of one word cannot be completed")
-    draw = int.from_bytes(hashlib.sha256(tweet.encode()).digest()[:8], "big") / 2**64
-    share = _SHORTEST_PREFIX + draw * (_LONGEST_PREFIX - _SHORTEST_PREFIX)
-    count = max(1, round(share * len(words)))
-    return " ".join(words[:count]), tweet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from cdcda_mobile.tasks import TASKS, Task
 _MILLISECONDS_FROM = 10**11  # read as seconds this would be the year 5138
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _DIGITS = re.compile(r"[0-9]+")
+_SHORTEST_BEGINNING, _LONGEST_BEGINNING = 0.10, 0.25
 _YEAR_MONTH = re.compile(r"([0-9]{4})-(0[1-9]|1[0-2])")
 
 
@@ -193,10 +195,27 @@ def _label(task: Task, output: str) -> str:
     raise Unusable(f"'{output[:40]}' is not one of the {len(task.labels)} labels of {task.name}")
 
 
+def beginning_of(text: str) -> str:
+    """Return the first 10 to 25 % of the words of a text, at least one, after LaMP's own recipe for histories without pairs.
+
+    The share is a hash of the text, so that the same source always gives the same records.
+
+    Raises:
+        Unusable: the text has fewer than two words.
+    """
+    words = text.split()
+    if len(words) < 2:
+        raise Unusable("a text of one word cannot be completed")
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    share = _SHORTEST_BEGINNING + draw * (_LONGEST_BEGINNING - _SHORTEST_BEGINNING)
+    return " ".join(words[: max(1, round(share * len(words)))])
+
+
 def clean(row: Row) -> Record | Malformed:
     """Turn a row into a record, or say why that cannot be done.
 
-    A row without an id is named by its number, with leading zeros so that ids sort as the rows stand.
+    A text without an input becomes a completion where its task has one. A row without an id is named by its number, with leading zeros
+    so that ids sort as the rows stand.
     """
     fields = row.fields
     try:
@@ -205,8 +224,11 @@ def clean(row: Row) -> Record | Malformed:
             raise Unusable(f"there is no task '{name[:40]}'.{did_you_mean(name, TASKS)}")
         task = TASKS[name]
         date = normal_date(fields.get("date"))
-        text = as_text(fields.get("input"), "input")
+        alone = bool(task.completion) and fields.get("input") is None
+        text = "" if alone else as_text(fields.get("input"), "input")
         output = as_text(fields.get("output"), "output")
+        if alone:
+            name, text = task.completion, beginning_of(output)
         if task.labels:
             output = _label(task, output)
         given = fields.get("id")
