@@ -30,6 +30,7 @@ ADVICE = (
     "for any OpenAI-compatible endpoint, or --teacher-gguf for a larger local model."
 )
 _DRAIN_S = 30.0
+_AHEAD = 4  # requests per thread that may be asked before they are judged
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,12 @@ class _Run:
             self._progress.advance(len(self._kept))
 
     def _ask_ahead(self) -> None:
+        # So far that no thread is idle while all wait for one slow answer to be judged. As many as are still to be kept will be judged
+        # in any case, so at most ``concurrency - 1`` answers are paid for nothing; a token budget is not to be passed by more either.
+        concurrency, missing = self._hired.concurrency, self._keep - len(self._kept)
+        ahead = concurrency if self._budget.token_budget else max(concurrency, min(missing, _AHEAD * concurrency))
         # Not past an answer that waits to be judged: it may be the last that is needed.
-        while self._judged not in self._ready and self._next < min(self._limit, self._judged + self._hired.concurrency):
+        while self._judged not in self._ready and self._next < min(self._limit, self._judged + ahead):
             if not self._budget.admit():
                 self._stopped = self._budget.exhausted()
                 return

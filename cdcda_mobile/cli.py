@@ -200,6 +200,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+def _build_server(arguments: argparse.Namespace) -> None:
+    from cdcda_export.progress import choose_progress
+    from cdcda_mobile.native_server import build_native_server
+
+    print(build_native_server(choose_progress(arguments.quiet)))
+
+
 def main_parser() -> argparse.ArgumentParser:
     """Return the parser of ``cdcda``."""
     parser = _Parser(
@@ -229,6 +236,9 @@ def main_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(function=_doctor)
+    server = verbs.add_parser("build-server", help="compile llama.cpp's server, which makes a local teacher faster (once, 10 minutes)")
+    server.add_argument("--quiet", action="store_true", help="no progress")
+    server.set_defaults(function=_build_server)
     return parser
 
 

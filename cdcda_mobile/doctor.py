@@ -59,7 +59,20 @@ def examine(workspace: Path) -> list[Finding]:
     findings.append(
         Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model")
     )
+    findings.append(_local_server())
     return findings
+
+
+def _local_server() -> Finding:
+    from cdcda_mobile.native_server import BUILD_COMMAND, native_server
+
+    try:
+        found = native_server()
+    except CdcdaError as error:
+        return Finding(False, "local teacher", str(error))
+    if found:
+        return Finding(True, "local teacher", f"llama.cpp's server, several requests at once: {found}")
+    return Finding(True, "local teacher", f"llama-cpp-python's server, one request at a time; `{BUILD_COMMAND}` makes it faster")
 
 
 def _memory() -> Finding:

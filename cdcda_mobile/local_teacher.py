@@ -1,10 +1,15 @@
-"""A teacher on this machine: llama-cpp-python's server on loopback with a local GGUF, started, health-checked and stopped by us."""
+"""A teacher on this machine: a server on loopback with a local GGUF, started, health-checked and stopped by us.
+
+Where llama.cpp's own server is there (:mod:`cdcda_mobile.native_server`), it answers several requests in one pass over the weights;
+else it is llama-cpp-python's (:mod:`cdcda_mobile.teacher_server`), which answers one after the other.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import re
 import secrets
 import subprocess
 import sys
@@ -21,13 +26,17 @@ import cdcda_export
 import cdcda_mobile
 from cdcda_export.errors import FileError, TeacherError
 from cdcda_export.progress import Progress, Silent
-from cdcda_mobile.teacher import LOCAL_SAMPLING, Answer, Request
+from cdcda_mobile.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request
 from cdcda_mobile.teacher_server import CONTEXT_TOKENS, KEY_VARIABLE
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 1.0  # it holds nothing that could be lost
 _SHOWN_LINES = 3
 _LOG_TAIL_BYTES = 4000
+_WHOLE_LOG_BYTES = 1 << 20
+_NATIVE_KEY_VARIABLE = "LLAMA_API_KEY"
+_SETTINGS = ("LLAMA_", "AIP_")  # variables that would configure llama.cpp's server past its command line
+_KEYS = ("OPENAI_API_KEY", "HF_TOKEN")  # nothing there needs them
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,14 @@ class LocalServer:
     process: subprocess.Popen[str]
     log: IO[bytes]
 
+    def tail(self, size: int) -> str:
+        """Return the last bytes of the log; the process shares our place in the file, so that is not moved."""
+        number = self.log.fileno()
+        return os.pread(number, size, max(0, os.fstat(number).st_size - size)).decode(errors="replace")
+
     def last_words(self) -> str:
         """Return the last lines that the process wrote to standard error, in one line."""
-        self.log.seek(0, os.SEEK_END)
-        self.log.seek(max(0, self.log.tell() - _LOG_TAIL_BYTES))
-        lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self.tail(_LOG_TAIL_BYTES).splitlines() if line.strip()]
         return " / ".join(lines[-_SHOWN_LINES:]) or f"it said nothing, exit status {self.process.poll()}"
 
 
@@ -62,6 +74,8 @@ def local_server(
     context: int = CONTEXT_TOKENS,
     threads: int = 0,
     timeout_s: float = _START_TIMEOUT_S,
+    native: Path | None = None,
+    slots: int = 1,
 ) -> Iterator[LocalServer]:
     """Serve a GGUF on a free loopback port for the length of a ``with`` block.
 
@@ -75,6 +89,8 @@ def local_server(
         context: tokens of prompt and answer together.
         threads: 0 for all cores that this process may use.
         timeout_s: for loading.
+        native: llama.cpp's server; None for llama-cpp-python's.
+        slots: requests that llama.cpp's server answers at once.
 
     Raises:
         FileError: there is no such file.
@@ -82,20 +98,17 @@ def local_server(
     """
     if not gguf.is_file():
         raise FileError(f"There is no GGUF {gguf} for the local teacher; see --teacher-gguf.")
-    key, shown = secrets.token_urlsafe(24), progress or Silent()
-    # -P: a file html.py in the user's working directory is not the library's.
-    command = [sys.executable, "-P", "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias or gguf.name]
-    command += ["--parent", str(os.getpid()), "--context", str(context)]
-    command += ["--threads", str(threads or len(os.sched_getaffinity(0)))]
-    environment = {**os.environ, KEY_VARIABLE: key, "PYTHONPATH": _import_path()}
-    # Threads that spin while they wait make one busy neighbour cost a factor of ten to thirty; sleeping ones, of two.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environment.pop("OPENAI_API_KEY", None)  # nothing there needs it
+    key, shown, name = secrets.token_urlsafe(24), progress or Silent(), alias or gguf.name
+    threads = threads or len(os.sched_getaffinity(0))
+    if native:
+        command, environment = _native(native, gguf, name, slots, context, threads, key)
+    else:
+        command, environment = _python(gguf, name, context, threads, key)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=log if native else subprocess.PIPE,
             stderr=log,
             text=True,
             env=environment,
@@ -103,14 +116,51 @@ def local_server(
         )
         try:
             shown.start("starting the local teacher")
-            server = LocalServer("", key, alias or gguf.name, process, log)
-            port = _await_port(server, timeout_s)
-            server = LocalServer(f"http://127.0.0.1:{port}/v1", key, server.alias, process, log)
-            _await_health(server, timeout_s)
+            server = LocalServer("", key, name, process, log)
+            port = _await_logged_port(server, timeout_s) if native else _await_port(server, timeout_s)
+            server = LocalServer(f"http://127.0.0.1:{port}/v1", key, name, process, log)
+            _await_health(server, f"http://127.0.0.1:{port}/health" if native else f"{server.base_url}/models", timeout_s)
             shown.done()
             yield server
         finally:
             _end(process)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a server. Its key is added to it, for other users of this machine can read command lines."""
+    kept = {name: value for name, value in os.environ.items() if name not in _KEYS}
+    # Threads that spin while they wait make one busy neighbour cost a factor of ten to thirty; sleeping ones, of two.
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return {**kept, "PYTHONPATH": _import_path()}
+
+
+def _python(gguf: Path, alias: str, context: int, threads: int, key: str) -> tuple[list[str], dict[str, str]]:
+    # -P: a file html.py in the user's working directory is not the library's.
+    command = [sys.executable, "-P", "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias]
+    command += ["--parent", str(os.getpid()), "--context", str(context), "--threads", str(threads)]
+    return command, {**_environment(), KEY_VARIABLE: key}
+
+
+def _native(server: Path, gguf: Path, alias: str, slots: int, context: int, threads: int, key: str) -> tuple[list[str], dict[str, str]]:
+    from cdcda_mobile.native_server import server_command
+
+    bound = [sys.executable, "-P", "-m", "cdcda_mobile.bound", str(os.getpid())]
+    environment = {name: value for name, value in _environment().items() if not name.startswith(_SETTINGS)}
+    return bound + server_command(server, gguf, alias, slots, context, threads), environment | {_NATIVE_KEY_VARIABLE: key}
+
+
+def _await_logged_port(server: LocalServer, timeout_s: float) -> int:
+    """Return the port that llama.cpp's server writes into its log before it loads the model."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        ended = server.process.poll() is not None
+        found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", server.tail(_WHOLE_LOG_BYTES))
+        if found:
+            return int(found[1])
+        if ended:
+            raise TeacherError(f"The local teacher did not start: {server.last_words()}")
+        time.sleep(0.02)
+    raise TeacherError(f"The local teacher did not start within {timeout_s:g} s; is the machine short of memory?")
 
 
 def _await_port(server: LocalServer, timeout_s: float) -> int:
@@ -139,11 +189,11 @@ def _await_port(server: LocalServer, timeout_s: float) -> int:
             continue  # a library's chatter
 
 
-def _await_health(server: LocalServer, timeout_s: float) -> None:
+def _await_health(server: LocalServer, url: str, timeout_s: float) -> None:
     import urllib.error
     import urllib.request
 
-    request = urllib.request.Request(f"{server.base_url}/models", headers={"Authorization": f"Bearer {server.key}"})
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {server.key}"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + timeout_s
     while True:
@@ -181,10 +231,25 @@ class LocalTeacher:
         timeout_s: of one request.
         progress: told while the model loads.
         stop: once set, nothing is tried again.
+        native: llama.cpp's server; None for llama-cpp-python's.
+        slots: requests that llama.cpp's server answers at once.
+
+    With llama-cpp-python's server an answer is a function of its request. With llama.cpp's and several slots its last bits depend on
+    what is computed beside it, so the same request may be answered in other words; what was answered once is in the answer log.
     """
 
-    def __init__(self, gguf: Path, name: str, timeout_s: float, progress: Progress, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        gguf: Path,
+        name: str,
+        timeout_s: float,
+        progress: Progress,
+        stop: threading.Event,
+        native: Path | None = None,
+        slots: int = 1,
+    ) -> None:
         self.name = name
+        self._native, self._slots = native, slots
         self._gguf, self._timeout_s, self._progress, self._stop = gguf, timeout_s, progress, stop
         self._stack = ExitStack()
         self._server: LocalServer | None = None
@@ -200,7 +265,8 @@ class LocalTeacher:
             return
         from cdcda_mobile.endpoint import OpenAITeacher
 
-        self._server = self._stack.enter_context(local_server(self._gguf, self.name, self._progress))
+        server = local_server(self._gguf, self.name, self._progress, native=self._native, slots=self._slots)
+        self._server = self._stack.enter_context(server)
         self._client = OpenAITeacher(
             self._server.base_url,
             self.name,
@@ -208,8 +274,8 @@ class LocalTeacher:
             retries=1,
             stop=self._stop,
             key=self._server.key,
-            first_format="json_object",  # llama-cpp-python's server knows no json_schema
-            extra=LOCAL_SAMPLING,
+            first_format="json_schema" if self._native else "json_object",  # llama-cpp-python's server knows no json_schema
+            extra=NATIVE_SAMPLING if self._native else LOCAL_SAMPLING,
         )
         self._stack.callback(self._client.close)
 

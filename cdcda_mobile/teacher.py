@@ -23,6 +23,18 @@ _LOCAL_CONCURRENCY = 2  # the local server answers one at a time; the second req
 _LOCAL_TIMEOUT_S = 600.0
 # llama.cpp's own sampling options, named so that another version's defaults change nothing.
 LOCAL_SAMPLING = {"repeat_penalty": 1.1, "top_k": 40, "min_p": 0.05}
+# llama.cpp's own server takes the chain of samplers too: this one is llama-cpp-python's.
+NATIVE_SAMPLING = {
+    **LOCAL_SAMPLING,
+    "samplers": ["penalties", "top_k", "typ_p", "top_p", "min_p", "temperature"],
+    "repeat_last_n": 64,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "typical_p": 1.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+    "cache_prompt": True,  # what a prompt has in common with the last one of its slot is not computed again
+}
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,11 @@ def endpoint_of(config: TeacherConfig) -> str:
     return config.base_url or os.environ.get("OPENAI_BASE_URL", "")
 
 
+def slots_of(config: TeacherConfig) -> int:
+    """Return how many requests llama.cpp's server is given at once."""
+    return max(1, config.concurrency)
+
+
 @contextmanager
 def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, stop: threading.Event) -> Iterator[Hired]:
     """Give the teacher that a configuration names; a local one starts when it is first needed and stops at the end.
@@ -224,7 +241,7 @@ def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, 
         stop: set by the caller to end retries early.
 
     Raises:
-        ConfigError: the endpoint is no URL.
+        ConfigError: the endpoint is no URL, or ``CDCDA_LLAMA_SERVER`` no program.
         FileError: the GGUF cannot be read.
         MissingDependency: openai is not installed.
         TeacherError: the endpoint does not name its model.
@@ -240,13 +257,16 @@ def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, 
             remote.close()
         return
     from cdcda_mobile.local_teacher import LocalTeacher
+    from cdcda_mobile.native_server import native_server
 
     if os.environ.get("OPENAI_API_KEY"):
         progress.say("OPENAI_API_KEY is set but no endpoint is named (--teacher-base-url or OPENAI_BASE_URL): nothing leaves this machine.")
     gguf = Path(config.gguf) if config.gguf else base_gguf
     name = f"{gguf.name}@{sha256_file(gguf)[:12]}"
-    local = LocalTeacher(gguf, name, max(config.timeout_s, _LOCAL_TIMEOUT_S), progress, stop)
+    native = native_server()
+    concurrency = slots_of(config) if native else min(_LOCAL_CONCURRENCY, max(1, config.concurrency))
+    local = LocalTeacher(gguf, name, max(config.timeout_s, _LOCAL_TIMEOUT_S), progress, stop, native, concurrency)
     try:
-        yield Hired(local, min(_LOCAL_CONCURRENCY, max(1, config.concurrency)), local=True, embedded=not config.gguf)
+        yield Hired(local, concurrency, local=True, embedded=not config.gguf)
     finally:
         local.close()

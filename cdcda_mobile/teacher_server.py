@@ -11,16 +11,16 @@ import argparse
 import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from cdcda_mobile.bound import end_with_parent
+
 KEY_VARIABLE = "CDCDA_LOCAL_TEACHER_KEY"
 CONTEXT_TOKENS = 2048
-_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
@@ -28,10 +28,7 @@ def die_with_parent(parent: int) -> None:
 
     Linux sends a signal; the pipe on standard input, which closes with the parent, covers other systems and the moment before.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked to be told
-        os._exit(1)
+    end_with_parent(parent)
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
 
 

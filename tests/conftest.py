@@ -42,13 +42,26 @@ def real_base() -> Path:
     return default_base()
 
 
+@pytest.fixture(scope="session")
+def user_llama_server() -> Path | None:
+    """llama.cpp's own server in the user's cache folder, where ``make test`` has it built."""
+    from cdcda_mobile.native_server import native_server
+
+    return native_server()
+
+
+@pytest.fixture
+def llama_server(user_llama_server: Path | None) -> Path:
+    """llama.cpp's own server."""
+    if user_llama_server is None:
+        pytest.skip("llama.cpp's own server is not there; run `cdcda build-server`")
+    return user_llama_server
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what tests derive from tiny bases out of the user's cache folder."""
-    before = os.environ.get("CDCDA_CACHE")
-    os.environ["CDCDA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["CDCDA_CACHE"]
-    else:
-        os.environ["CDCDA_CACHE"] = before
+def own_cache(user_llama_server: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests derive from tiny bases out of the user's cache folder, and local teachers where answers are bitwise the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDCDA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CDCDA_LLAMA_SERVER", "off")
+        yield

@@ -121,6 +121,22 @@ def test_the_result_is_the_same_for_any_concurrency(tmp_path: Path) -> None:
     assert most[0] == 1 and 1 < most[1] <= 4
 
 
+def test_one_slow_answer_leaves_no_thread_idle_and_little_is_asked_for_nothing(tmp_path: Path) -> None:
+    others, in_time = threading.Event(), list[bool]()
+
+    def first_is_slow(body: dict[str, Any]) -> Reply:
+        if body is endpoint.requests[0]:
+            in_time.append(others.wait(10))
+        elif len(endpoint.requests) == 8:
+            others.set()  # the other thread answered six meanwhile
+        return invent(body)
+
+    with serving(first_is_slow) as endpoint:
+        result = run(endpoint, tmp_path, AugmentConfig(keep=12), concurrency=2)
+    assert in_time == [True] and len(result.kept) == 12
+    assert len(endpoint.requests) - result.requests <= 1
+
+
 def test_another_seed_asks_something_else(tmp_path: Path) -> None:
     with serving() as endpoint:
         run(endpoint, tmp_path / "a", seed=1)

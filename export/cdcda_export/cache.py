@@ -53,8 +53,8 @@ def cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping
         DiskFull: there is no room for it.
         FileError: the cache folder cannot be written.
     """
-    folder = (root or cache_folder()) / kind
-    directory = folder / sha256_json(dict(inputs))[:20]
+    directory = _place(kind, inputs, root)
+    folder = directory.parent
     entry = _read(directory)
     if entry is not None:
         return entry
@@ -78,6 +78,15 @@ def cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping
         for name, digest in files.items():
             _remember(directory / name, digest)
         return Entry(directory, facts)
+
+
+def find(kind: str, inputs: Mapping[str, Any], root: Path | None = None) -> Entry | None:
+    """Return what :func:`cached` would return without building, or None; it waits for nobody."""
+    return _read(_place(kind, inputs, root))
+
+
+def _place(kind: str, inputs: Mapping[str, Any], root: Path | None) -> Path:
+    return (root or cache_folder()) / kind / sha256_json(dict(inputs))[:20]
 
 
 def _read(directory: Path) -> Entry | None:

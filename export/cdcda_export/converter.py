@@ -61,22 +61,43 @@ def converters() -> Path:
     wanted = converter_version()
 
     def build(partial: Path) -> dict[str, str]:
-        named = os.environ.get(SDIST_VARIABLE)
-        sdist = Path(named) if named else _fetch(wanted, partial)
-        digest = sha256_of(sdist)
-        _extract(sdist, wanted, partial)
-        if not named:
-            sdist.unlink()
-        return {"sdist": sdist.name, "sha256": digest}
+        def needed(name: PurePosixPath) -> bool:
+            return str(name) in _FILES or any(name.is_relative_to(folder) for folder in _FOLDERS)
+
+        return unpack_sources(partial, needed, (*_FILES, *_FOLDERS))
 
     return cached("converters", {"version": wanted}, build).directory
+
+
+def unpack_sources(target: Path, needed: Callable[[PurePosixPath], bool], expected: Sequence[str]) -> dict[str, str]:
+    """Write files of the llama.cpp that the installed llama-cpp-python was made of into a folder.
+
+    Args:
+        target: an empty folder.
+        needed: tells by its name inside llama.cpp whether a file is wanted.
+        expected: files and folders without which the archive is not the right one.
+
+    Returns:
+        Name and SHA-256 of the source distribution.
+
+    Raises:
+        FileError: it cannot be fetched, or the file that ``CDCDA_LLAMA_CPP_SDIST`` names is another one.
+        MissingDependency: llama-cpp-python is not installed.
+    """
+    wanted, named = converter_version(), os.environ.get(SDIST_VARIABLE)
+    sdist = Path(named) if named else _fetch(wanted, target)
+    facts = {"sdist": sdist.name, "sha256": sha256_of(sdist)}
+    _extract(sdist, wanted, target, needed, expected)
+    if not named:
+        sdist.unlink()
+    return facts
 
 
 def _fetch(wanted: str, folder: Path) -> Path:
     """Let pip fetch the source distribution from whatever index it is set up for; nothing is compiled."""
     remedy = f"name the file llama_cpp_python-{wanted}.tar.gz with {SDIST_VARIABLE}"
     if importlib.util.find_spec("pip") is None:
-        raise FileError(f"llama.cpp's converter has to be fetched once, and {sys.prefix} has no pip for it: install pip, or {remedy}.")
+        raise FileError(f"llama.cpp's sources have to be fetched once, and {sys.prefix} has no pip for it: install pip, or {remedy}.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1"]
     command += ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder), f"llama-cpp-python=={wanted}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -84,17 +105,17 @@ def _fetch(wanted: str, folder: Path) -> Path:
     if done.returncode or not found:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines() or ["no reason given"]
         raise FileError(
-            f"Cannot fetch the sources of llama-cpp-python {wanted}, which hold the converter for Hugging Face models"
-            f" (pip: {said[-1].removeprefix('ERROR:').strip().rstrip('.')}); check the network, or {remedy}."
+            f"Cannot fetch the sources of llama-cpp-python {wanted} (pip: {said[-1].removeprefix('ERROR:').strip().rstrip('.')}); "
+            f"check the network, or {remedy}."
         )
     return found[0]
 
 
-def _extract(sdist: Path, wanted: str, target: Path) -> None:
-    """Write the converters' files, and nothing else of the archive.
+def _extract(sdist: Path, wanted: str, target: Path, needed: Callable[[PurePosixPath], bool], expected: Sequence[str]) -> None:
+    """Write the needed files of llama.cpp, and nothing else of the archive.
 
-    Only regular files below the two folders are read, by names without ``..``: no member can leave ``target``. (tarfile's own filter
-    is not in every Python 3.11.)
+    Only regular files below llama.cpp's folder are read, by names without ``..``: no member can leave ``target``. (tarfile's own
+    filter is not in every Python 3.11.)
     """
     root = PurePosixPath(f"llama_cpp_python-{wanted}", _VENDORED)
     try:
@@ -104,13 +125,13 @@ def _extract(sdist: Path, wanted: str, target: Path) -> None:
                 if not member.isfile() or ".." in path.parts or not path.is_relative_to(root):
                     continue
                 name = path.relative_to(root)
-                source = archive.extractfile(member)
-                if source is not None and (str(name) in _FILES or any(name.is_relative_to(folder) for folder in _FOLDERS)):
+                source = archive.extractfile(member) if needed(name) else None
+                if source is not None:
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     (target / name).write_bytes(source.read())
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise FileError(f"{sdist} is no readable source distribution ({error}); fetch llama_cpp_python-{wanted}.tar.gz again.") from error
-    missing = [name for name in (*_FILES, *_FOLDERS) if not (target / name).exists()]
+    missing = [name for name in expected if not (target / name).exists()]
     if missing:
         raise FileError(f"{sdist} lacks {root / missing[0]}; {SDIST_VARIABLE} must name llama_cpp_python-{wanted}.tar.gz.")
 
