@@ -18,7 +18,7 @@ from cdcda_export.merge import Importance
 from cdcda_export.progress import Progress
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.runtime import LlamaCpp
-from cdcda_export.verify import Probe, Runtime, Verification, nll_of
+from cdcda_export.verify import Probe, Runtime, Verification
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import Record, records_in
 from cdcda_mobile.tasks import get_task
@@ -101,13 +101,13 @@ class UserExport:
     def _evaluate(
         self, runtime: Runtime, test: Sequence[Record], probes: Sequence[Probe], result: Verification, progress: Progress
     ) -> dict[str, Any]:
-        from cdcda_mobile.evaluate import answer_all, task_rows
+        from cdcda_mobile.evaluation.answers import answer_all, task_rows
 
         limit = self.config.answer_tokens
         answers = answer_all(runtime, probes, limit, progress, "answering the test prompts (personal)")
         with LlamaCpp(self.base.file.path, n_ctx=self.config.max_tokens) as base:
             base_answers = answer_all(base, probes, limit, progress, "answering the test prompts (base)")
-            base_nll = [float(nll_of(base.logits(p.ids)[p.answer_positions()], p.answer).sum()) for p in probes]
+            base_nll = base.nll_many(probes)
         tokens = sum(len(p.answer) for p in probes)
         nll_base, nll_f32, nll = sum(base_nll) / tokens, float(result.nll_reference or 0.0), float(result.nll or 0.0)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from cdcda_export.errors import FileError, MissingDependency
 from cdcda_export.runtime import cpu_threads
+from cdcda_export.verify import Probe, nll_of
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -126,3 +127,15 @@ class OnnxModel:
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Return the whole greedy continuation without the end marker."""
         return list(self.stream(prompt, max_tokens))
+
+    def nll_many(self, probes: Sequence[Probe]) -> list[float]:
+        """Return the summed negative log likelihood of every probe's answer, in nats, one after another."""
+        return [float(nll_of(self.logits(probe.ids)[probe.answer_positions()], probe.answer).sum()) for probe in probes]
+
+    def greedy_many(self, prompts: Sequence[list[int]], max_tokens: int, advance: Callable[[], object] = lambda: None) -> list[list[int]]:
+        """Return the greedy continuation of every prompt, one after another; ``advance`` is called after each."""
+        answers = []
+        for prompt in prompts:
+            answers.append(self.greedy(prompt, max_tokens))
+            advance()
+        return answers

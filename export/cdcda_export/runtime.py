@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cdcda_export.errors import FileError, MissingDependency
+from cdcda_export.batched import answer_logits, continuations
+from cdcda_export.errors import ExportError, FileError, MissingDependency
+
+if TYPE_CHECKING:
+    from cdcda_export.verify import Probe
 
 _log: list[str] = []
 
@@ -121,7 +125,7 @@ class LlamaCpp:
         """Yield the most likely continuation token by token, up to the end of the turn (which is left out)."""
         self._llm.reset()
         self._llm.eval(prompt)
-        for _ in range(min(max_tokens, self.n_ctx - len(prompt) - 1)):
+        for _ in range(self._room(prompt, max_tokens)):
             token = int(np.argmax(self._llm.scores[self._llm.n_tokens - 1]))
             if self._ends_turn(token):
                 return
@@ -131,3 +135,38 @@ class LlamaCpp:
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Return the whole greedy continuation without the end marker."""
         return list(self.stream(prompt, max_tokens))
+
+    def _room(self, prompt: Sequence[int], max_tokens: int) -> int:
+        """Return how many tokens may follow a prompt."""
+        return min(max_tokens, self.n_ctx - len(prompt) - 1)
+
+    def _check_length(self, texts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, texts), default=0)
+        if longest > self.n_ctx:
+            raise ExportError(f"A text takes {longest} tokens, the limit is {self.n_ctx}; shorten it or raise train.max_tokens.")
+
+    def nll_many(self, probes: Sequence[Probe]) -> list[float]:
+        """Return the summed negative log likelihood of every probe's answer, in nats; a common beginning of the prompts is read once.
+
+        Raises:
+            ExportError: a probe is longer than the context.
+        """
+        from cdcda_export.verify import nll_of
+
+        self._check_length([probe.ids for probe in probes])
+        found = answer_logits(self._llm, [(probe.prompt, probe.answer) for probe in probes])
+        return [float(nll_of(logits, probe.answer).sum()) for logits, probe in zip(found, probes, strict=True)]
+
+    def greedy_many(self, prompts: Sequence[list[int]], max_tokens: int, advance: Callable[[], object] = lambda: None) -> list[list[int]]:
+        """Return the greedy continuation of every prompt, as ``greedy`` gives it, several at a time.
+
+        Args:
+            prompts: ids; a common beginning is read once.
+            max_tokens: of each continuation.
+            advance: called once for every continuation that is finished.
+
+        Raises:
+            ExportError: a prompt is longer than the context.
+        """
+        self._check_length(prompts)
+        return continuations(self._llm, prompts, [self._room(p, max_tokens) for p in prompts], self._ends_turn, advance)

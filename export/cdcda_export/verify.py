@@ -36,6 +36,12 @@ class Runtime(Protocol):
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Return the greedy continuation without the end marker."""
 
+    def nll_many(self, probes: Sequence[Probe]) -> list[float]:
+        """Return the summed NLL of every probe's answer, in nats."""
+
+    def greedy_many(self, prompts: Sequence[list[int]], max_tokens: int, advance: Callable[[], object] = ...) -> list[list[int]]:
+        """Return every prompt's greedy continuation, in order; ``advance`` is called once for each."""
+
 
 class Encoder(Protocol):
     """What turns rendered text into ids."""

@@ -1,0 +1,180 @@
+"""The rivals that need no training: what a personal model must beat to be worth its file.
+
+Retrieval in the manner of LaMP (Salemi et al. 2023): BM25 over the user's training records, the nearest of them written before the
+question. The rules answer without any model: a label, an opening or a whole output of the user's past.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cdcda_export.errors import DataError, ExportError
+from cdcda_export.verify import Probe, make_probe
+from cdcda_mobile.dataset import Encoding
+from cdcda_mobile.history import Record
+from cdcda_mobile.tasks import Metric, Task, get_task
+
+_K1, _B, _EPSILON = 1.5, 0.75, 0.25
+
+# How a record of the past is told to the model.
+_TOLD: dict[Metric, Callable[[Task, Record], str]] = {
+    "label": lambda task, record: f'the {task.output} for the {task.input}: "{record.input}" is "{record.output}"',
+    "rating": lambda task, record: f'{record.output} is the {task.output} for "{record.input}"',
+    "text": lambda task, record: f'"{record.output}" is the {task.output} for "{record.input}"',
+}
+
+
+class Bm25:
+    """Okapi BM25 over whitespace tokens, with the constants and the floor under common words of the ``rank_bm25`` that LaMP uses.
+
+    Args:
+        documents: what is searched, in the order of time.
+    """
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        self._counts = [Counter(text.split()) for text in documents]
+        lengths = np.array([counts.total() for counts in self._counts], dtype=np.float64)
+        self._length_term = _K1 * (1 - _B + _B * lengths / max(1.0, float(lengths.mean()) if len(lengths) else 1.0))
+        n, containing = len(documents), Counter(word for counts in self._counts for word in counts)
+        self._idf = {word: math.log(n - count + 0.5) - math.log(count + 0.5) for word, count in containing.items()}
+        floor = _EPSILON * sum(self._idf.values()) / max(1, len(self._idf))
+        self._idf = {word: floor if idf < 0 else idf for word, idf in self._idf.items()}
+
+    def scores(self, query: str) -> np.ndarray:
+        """Return how well every document fits a query: float64, shape (documents,)."""
+        total = np.zeros(len(self._counts))
+        for word in query.split():
+            count = np.array([counts[word] for counts in self._counts], dtype=np.float64)
+            total += self._idf.get(word, 0.0) * count * (_K1 + 1) / (count + self._length_term)
+        return total
+
+    def nearest(self, query: str, count: int) -> list[int]:
+        """Return the positions of the best documents, best first; of equals the later one."""
+        scores = self.scores(query)
+        return sorted(range(len(scores)), key=lambda at: (scores[at], at), reverse=True)[:count]
+
+
+class Past:
+    """A user's training records, searched task by task.
+
+    Args:
+        train: the records.
+    """
+
+    def __init__(self, train: Sequence[Record]) -> None:
+        ordered = sorted(train, key=lambda record: (record.date, record.id))
+        self._records = {name: [r for r in ordered if r.task == name] for name in dict.fromkeys(r.task for r in ordered)}
+        self._indices: dict[str, Bm25] = {}
+
+    def records(self, task: str) -> list[Record]:
+        """Return the records of a task by date.
+
+        Raises:
+            DataError: there are none.
+        """
+        if task not in self._records:
+            raise DataError(f"The user has no training record of the task {task}, so no rule can be read off the past.")
+        return self._records[task]
+
+    def nearest(self, record: Record, count: int) -> list[Record]:
+        """Return the records of the same task that are most like a question, nearest first.
+
+        Free texts are searched in input and output; a label or a score says nothing of the text.
+        """
+        if record.task not in self._records:
+            return []
+        mine = self._records[record.task]
+        if record.task not in self._indices:
+            free = get_task(record.task).metric == "text"
+            self._indices[record.task] = Bm25([f"{r.output} {r.input}" if free else r.input for r in mine])
+        return [mine[at] for at in self._indices[record.task].nearest(record.input, count)]
+
+
+def retrieval_turn(record: Record, shown: Sequence[Record]) -> str:
+    """Return the user's turn that asks a question after showing records of the past."""
+    task = get_task(record.task)
+    told = ", and ".join(_TOLD[task.metric](task, past) for past in shown)
+    return f"{told}. {task.prompt(record.input)}" if told else task.prompt(record.input)
+
+
+def retrieval_probes(
+    train: Sequence[Record], test: Sequence[Record], encoding: Encoding, count: int, max_tokens: int, answer_tokens: int
+) -> list[Probe]:
+    """Return the test records as probes whose prompts show the nearest training records; ``answer_all`` turns them into predictions.
+
+    What does not fit is left out, the farthest first; a question too long for any record is asked alone.
+
+    Args:
+        train: the user's training records.
+        test: the questions.
+        encoding: of the base.
+        count: how many records are shown at most.
+        max_tokens: of prompt and answer together.
+        answer_tokens: kept free for the answer.
+
+    Raises:
+        ExportError: a question alone does not fit.
+    """
+    past, probes = Past(train), []
+    for record in test:
+        shown = past.nearest(record, count)
+        while shown and _length(encoding, retrieval_turn(record, shown)) + answer_tokens > max_tokens:
+            shown.pop()
+        try:
+            turn = retrieval_turn(record, shown)
+            probes.append(make_probe(encoding.template, encoding.tokenizer, encoding.eos, turn, record.output, max_tokens))
+        except ExportError as error:
+            raise ExportError(f"Record {record.id} ({record.date}): {error}") from error
+    return probes
+
+
+def _length(encoding: Encoding, turn: str) -> int:
+    return len(encoding.tokenizer.encode(encoding.template.prompt(turn)))
+
+
+def majority_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str]:
+    """Return the user's most frequent output of each question's task (a label, a score); of equals the newest.
+
+    Raises:
+        DataError: a task has no training record.
+    """
+    past = Past(train)
+    return [_most_common([r.output for r in past.records(record.task)]) for record in test]
+
+
+def opening_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str]:
+    """Return the user's most frequent opening (``opening_of``) of each question's task, alone; of equals the newest.
+
+    It is what a repository's convention gives away about a commit subject without any knowledge of the change.
+
+    Raises:
+        DataError: a task has no training record.
+    """
+    past = Past(train)
+    return [_most_common([opening_of(r.output) for r in past.records(record.task)]) for record in test]
+
+
+def nearest_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str]:
+    """Return the output of the nearest training record, word for word: retrieval without a model.
+
+    Raises:
+        DataError: a task has no training record.
+    """
+    past = Past(train)
+    return [(past.nearest(record, 1) or past.records(record.task))[0].output for record in test]
+
+
+def opening_of(output: str) -> str:
+    """Return the opening of a text: up to the first colon that is followed by a space (``fix: ``), else the first word."""
+    head, colon, _ = output.partition(": ")
+    return head + colon if colon else (output.split() or [""])[0]
+
+
+def _most_common(outputs: Sequence[str]) -> str:
+    newest = {output: at for at, output in enumerate(outputs)}
+    counts = Counter(outputs)
+    return max(counts, key=lambda output: (counts[output], newest[output]))
