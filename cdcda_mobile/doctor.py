@@ -30,6 +30,7 @@ _PARTS = {
     "pyarrow": ("pyarrow", "data", "histories in Parquet files"),
     "ray": ("ray", "fleet", "fleets"),
     "fsspec": ("fsspec", "fleet", "uploads"),
+    "spacy": ("spacy", "privacy", "names in --redact beyond the plain rules"),
 }
 
 

@@ -28,7 +28,7 @@ from llama_wheel import PACKAGE, WheelJob, cache_folder, clock, cmake_args, find
 from setup_errors import SetupError, failure_text
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "onnx", "hf", "data", "fleet", "dev", "all")
+EXTRAS = ("train", "onnx", "hf", "data", "fleet", "privacy", "dev", "all")
 PLAIN_EVERY = 20.0  # seconds between progress lines where there is no terminal
 
 

@@ -23,7 +23,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cdcda_mobile": ROOT / "cdcda_mobile", "cdcda_export": ROOT / "export" / "cdcda_export"}
 HEAVY = {
-    "fsspec", "llama_cpp", "onnx", "onnxruntime", "openai", "optimum", "pandas", "peft", "pyarrow", "ray", "rich", "sqlalchemy",
+    "fsspec", "llama_cpp", "onnx", "onnxruntime", "openai", "optimum", "pandas", "peft", "pyarrow", "ray", "rich", "spacy", "sqlalchemy",
     "tokenizers", "torch", "transformers",
 }  # fmt: skip
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
