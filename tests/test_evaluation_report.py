@@ -120,3 +120,4 @@ def test_one_user_is_a_point_without_an_interval() -> None:
     found = compare_arms(cells(1), [(BOTH, REAL)], ["NLL"])
     assert "| -0.100 | – | 1.0000 | 1.0000 | – | 1 |" in comparisons_markdown(found)
     assert 'class="open"' in forest_svg(found)
+    assert ">-0.100, p 1<" in forest_svg(found)

@@ -30,7 +30,7 @@ from cdcda_export.onnx_graph import Skeleton, graph_inputs, skeleton_of, trace
 from cdcda_export.onnx_quant import Blocks, blocks_of, dequantize_blocks, quantize_blocks
 from cdcda_export.onnx_rewrite import plan
 from cdcda_export.progress import Plain, Silent
-from cdcda_export.verify import log_softmax
+from cdcda_export.verify import Probe, log_softmax, nll_of
 from tiny import TARGETS, make_adapter, make_gguf, merge_peft
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 250, 40)]
@@ -99,6 +99,9 @@ def test_cached_steps_equal_full_recomputation(tiny: Tiny, quant: str) -> None:
             assert np.abs(step[-1] - whole).max() < 0.02 * np.abs(whole).max()
         model.ends = frozenset()
         assert len(model.greedy(prompt, 12)) == 12
+        assert model.greedy_many([prompt, IDS[:4]], 3) == [model.greedy(prompt, 3), model.greedy(IDS[:4], 3)]
+        found = model.nll_many([Probe("", "", tuple(prompt), tuple(IDS[10:14]))])
+        assert found == pytest.approx([nll_of(model.logits(IDS[:14])[9:13], IDS[10:14]).sum()])
 
 
 def test_no_large_float_remains_and_the_checker_passes(tiny: Tiny) -> None:

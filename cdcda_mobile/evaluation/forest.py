@@ -8,7 +8,7 @@ from html import escape
 from cdcda_export.report_plot import ticks
 from cdcda_mobile.evaluation.report import LOWER_IS_BETTER, Comparison
 
-_WIDTH, _LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 960, 360, 210, 26, 54, 40
+_WIDTH, _LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 980, 350, 240, 26, 54, 40
 _CLAIM = 0.05
 _STYLE = """
 svg { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; background: #ffffff; }
@@ -52,8 +52,9 @@ def _bounds(comparison: Comparison) -> tuple[float, float]:
 
 
 def _said(comparison: Comparison) -> str:
-    d, (low, high) = comparison.difference, _bounds(comparison)
-    return f"{d.mean:+.3f} [{low:+.3f}, {high:+.3f}], p {_p(comparison):.2g}"
+    d = comparison.difference
+    interval = "" if d.low is None or d.high is None else f" [{d.low:+.3f}, {d.high:+.3f}]"
+    return f"{d.mean:+.3f}{interval}, p {_p(comparison):.2g}"
 
 
 def _p(comparison: Comparison) -> float:
