@@ -68,6 +68,14 @@ def test_answers_and_likelihoods_are_those_of_one_text_alone(model: LlamaCpp) ->
     assert model.nll_many(asked) == pytest.approx([alone(model, probe) for probe in asked], abs=1e-3)
 
 
+def test_answers_to_one_prompt_share_their_beginnings_too(model: LlamaCpp) -> None:
+    prompt, opening = tuple(PREFIX), (90, 91, 92)
+    asked = [Probe("", "", prompt, (*opening, *rest)) for rest in ((100,), (101, 102), (103, 104, 105))]
+    asked.append(Probe("", "", (*prompt, *opening[:2]), (92, 110)))  # a longer prompt that begins alike
+    for probes_ in (asked, asked[:3], asked[:1], [asked[0], asked[0]]):
+        assert model.nll_many(probes_) == pytest.approx([alone(model, probe) for probe in probes_], abs=1e-3)
+
+
 def test_a_text_ends_with_its_turn_and_its_stream_is_used_again(llama_base: Path) -> None:
     with LlamaCpp(llama_base, n_ctx=CONTEXT) as model:
         prompts = texts(20, [])

@@ -26,7 +26,7 @@ Ids = Sequence[int]
 
 
 def common_prefix(texts: Sequence[Ids]) -> int:
-    """Return how many tokens all texts begin with; the last token of every text is left to itself, for its prediction is wanted."""
+    """Return how many tokens all texts begin with, less than the shortest has: what follows its last token is wanted of every text."""
     ordered = sorted(map(tuple, texts))
     limit = max(0, min(map(len, texts)) - 1)
     # Of texts in order, the first and the last agree least.
@@ -40,7 +40,11 @@ class _Streams:
     context: Any
     batch: Any
     vocabulary: int
-    prefix: int
+    prefix: Ids
+
+    def begin(self, wanted: int = 0) -> np.ndarray:
+        """Read the prefix; return the logits after its last ``wanted`` tokens, (wanted, vocabulary)."""
+        return self.read(0, self.prefix, 0, wanted)
 
     def restart(self, stream: int) -> None:
         """Let a stream begin again behind the prefix."""
@@ -98,9 +102,7 @@ def _streams(llm: Any, prefix: Ids, count: int, cells: int) -> Iterator[_Streams
 
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
             llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale))
-        streams = _Streams(context, batch, llm.n_vocab(), len(prefix))
-        streams.read(0, prefix, 0, 0)
-        yield streams
+        yield _Streams(context, batch, llm.n_vocab(), prefix)
     finally:
         llama_cpp.llama_batch_free(batch)
         llama_cpp.llama_free(context)
@@ -115,12 +117,16 @@ def answer_logits(llm: Any, texts: Sequence[tuple[Ids, Ids]]) -> Iterator[np.nda
     """
     if not texts:
         return
-    prompts = [prompt for prompt, _ in texts]
-    shared = common_prefix(prompts)
-    with _streams(llm, prompts[0][:shared], 1, max(len(prompt) + len(answer) for prompt, answer in texts)) as streams:
-        for prompt, answer in texts:
+    read = [(*prompt, *answer[:-1]) for prompt, answer in texts]
+    shared = common_prefix(read)
+    # Where all prompts are the same, the prefix reaches into the answers and predicts the first of their tokens.
+    first = min(len(prompt) for prompt, _ in texts) - 1
+    with _streams(llm, read[0][:shared], 1, max(map(len, read))) as streams:
+        predicted = streams.begin(max(0, shared - first))
+        for ids, (prompt, answer) in zip(read, texts, strict=True):
+            head = predicted[len(prompt) - 1 - first :]
             streams.restart(1)
-            yield streams.read(1, [*prompt[shared:], *answer[:-1]], shared, len(answer))
+            yield np.concatenate([head, streams.read(1, ids[shared:], shared, len(answer) - len(head))])
 
 
 @dataclass
@@ -164,6 +170,7 @@ def continuations(
             advance()
 
     with _streams(llm, prompts[0][:shared], count, cells) as streams:
+        streams.begin()
         while waiting or growing:
             for stream in range(1, count + 1):
                 if waiting and stream not in growing:
