@@ -1,11 +1,10 @@
 """How busy augmentation keeps the local teacher: its tokens per second against the same server's with every slot always taken.
 
-Both sides put the same requests (a sample user's, as the pipeline plans them) to a fresh llama-server with the same slots. Ours is
-``augment`` itself: it asks ahead, judges, writes the answer log, and stops in the middle of what it has asked for; its tokens are those of
-answers that arrived between its first request and its last judgement. The other side is a plain load generator, one connection for each
-slot and no work in between; its tokens are those that arrived while every slot was taken. ``native_speedup`` compares that with
-llama-cpp-python's own server, which answers one request at a time, on the first of the same requests. ``--sweep`` tries several
-numbers of slots first.
+Both sides put the same requests (of a sample user) to a fresh llama-server with the same slots. Ours is ``augment`` itself: it asks ahead,
+judges, writes the answer log, and stops in the middle of what it has asked for; its tokens are those of answers that arrived between its
+first request and its last judgement. The other side is a plain load generator, one connection for each slot and no work in between; its
+tokens are those that arrived while every slot was taken. ``native_speedup`` compares that with llama-cpp-python's own server, which answers
+one request at a time, on the first of the same requests. ``--sweep`` tries other numbers of slots.
 
     python benchmarks/teacher_throughput.py [--quick] [--model FILE] [--slots N] [--keep N] [--pairs N] [--sweep N ...]
 """
@@ -14,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import itertools
 import json
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +31,6 @@ from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
 from cdcda_mobile.history import Record, read_history, split_by_time
 from cdcda_mobile.local_teacher import LocalServer, LocalTeacher, local_server
 from cdcda_mobile.native_server import BUILD_COMMAND, native_server
-from cdcda_mobile.prompts import Planner
 from cdcda_mobile.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request, slots_of
 from laboratory import print_table, write_results
 
@@ -61,7 +58,7 @@ class Watched:
 
     def __init__(self, teacher: LocalTeacher) -> None:
         self.name, self._teacher = teacher.name, teacher
-        self.asked: list[float] = []
+        self.asked: list[tuple[float, Request]] = []
         self.arrivals: list[Arrival] = []
 
     def start(self) -> None:
@@ -69,7 +66,7 @@ class Watched:
 
     def complete(self, request: Request) -> Answer:
         """Pass the question on."""
-        self.asked.append(time.monotonic())
+        self.asked.append((time.monotonic(), request))
         answer = self._teacher.complete(request)
         self.arrivals.append((time.monotonic(), answer.completion_tokens))
         return answer
@@ -84,14 +81,10 @@ class Bench:
         split = split_by_time(read_history(USER, history), history)
         self.train: tuple[Record, ...] = tuple(split.train)
         self.held_out: tuple[Record, ...] = (*split.validation, *split.test)
-
-    def requests(self) -> Iterator[Request]:
-        """Plan the requests that ``augment`` makes, without end."""
-        planner = Planner(self.train, self.held_out, self.config, SEED, inputs_only=False)
-        return (planner.ask(k).request for k in itertools.count())
+        self.requests: list[Request] = []  # those of the last ``pipeline``
 
     def pipeline(self, slots: int) -> dict[str, Any]:
-        """Measure ``augment``."""
+        """Measure ``augment``, and keep its requests."""
         local = LocalTeacher(self.model, "bench", 600, Silent(), threading.Event(), self.server, slots)
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as folder:
@@ -105,16 +98,17 @@ class Bench:
                 )  # fmt: skip
             finally:
                 local.close()
-        seconds = watch.judged - watched.asked[0]
+        self.requests = [request for _, request in watched.asked]
+        seconds = watch.judged - watched.asked[0][0]
         tokens = sum(count for moment, count in watched.arrivals if moment <= watch.judged)
         needless = len(watched.asked) - result.requests
         return {"tokens_per_s": tokens / seconds, "tokens": tokens, "seconds": seconds, "judged": result.requests, "needless": needless}
 
-    def saturated(self, slots: int, answers: int) -> dict[str, Any]:
-        """Measure llama.cpp's server with every slot taken until that many answers arrived."""
+    def saturated(self, slots: int) -> dict[str, Any]:
+        """Measure llama.cpp's server with every slot taken."""
         with local_server(self.model, "bench", native=self.server, slots=slots) as server:
-            arrivals = load(server, itertools.islice(self.requests(), answers + slots), slots, "json_schema", NATIVE_SAMPLING)
-        busy = arrivals[slots - 1 : answers]  # from then on, until then, no slot was ever free
+            arrivals = load(server, self.requests, slots, "json_schema", NATIVE_SAMPLING)
+        busy = arrivals[slots - 1 : len(arrivals) - slots + 1]  # with the last of these nothing is left to ask
         tokens, seconds = sum(count for _, count in busy[1:]), busy[-1][0] - busy[0][0]
         return {"slots": slots, "tokens_per_s": tokens / seconds, "tokens": tokens, "seconds": seconds}
 
@@ -122,21 +116,21 @@ class Bench:
         """Measure llama-cpp-python's server."""
         with local_server(self.model, "bench") as server:
             began = time.monotonic()
-            arrivals = load(server, itertools.islice(self.requests(), answers), PYTHON_CONCURRENCY, "json_object", LOCAL_SAMPLING)
+            arrivals = load(server, self.requests[:answers], PYTHON_CONCURRENCY, "json_object", LOCAL_SAMPLING)
         tokens, seconds = sum(count for _, count in arrivals), arrivals[-1][0] - began
         return {"tokens_per_s": tokens / seconds, "tokens": tokens, "seconds": seconds}
 
 
-def load(server: LocalServer, requests: Iterator[Request], connections: int, form: str, sampling: dict[str, Any]) -> list[Arrival]:
+def load(server: LocalServer, requests: Sequence[Request], connections: int, form: str, sampling: dict[str, Any]) -> list[Arrival]:
     """Put requests to a server over some connections at once, each as soon as the one before is answered; return the arrivals in order."""
-    lock, arrivals, failures = threading.Lock(), list[Arrival](), list[Exception]()
+    lock, waiting, arrivals, failures = threading.Lock(), iter(requests), list[Arrival](), list[Exception]()
 
     def work() -> None:
         connection = http.client.HTTPConnection(urlsplit(server.base_url).netloc)
         try:
             while True:
                 with lock:
-                    request = next(requests, None)
+                    request = next(waiting, None)
                 if request is None or failures:
                     return
                 tokens = post(connection, server.key, request, form, sampling)
@@ -185,7 +179,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair, few answers")
     parser.add_argument("--model", type=Path, default=None, metavar="FILE", help="GGUF of the teacher (default: the base model)")
     parser.add_argument("--slots", type=int, default=0, metavar="N", help="default: what the pipeline takes")
-    parser.add_argument("--keep", type=int, default=0, metavar="N", help="records to keep (default: 96, quick: 32)")
+    parser.add_argument("--keep", type=int, default=0, metavar="N", help="records to keep (default: 96, quick: 20)")
     parser.add_argument("--pairs", type=int, default=3, metavar="N")
     parser.add_argument("--sweep", type=int, nargs="+", default=[], metavar="N", help="also measure the server with these numbers of slots")
     arguments = parser.parse_args()
@@ -193,16 +187,16 @@ def main() -> None:
     if server is None:
         parser.exit(1, f"There is no llama-server here; run `{BUILD_COMMAND}`.\n")
     slots, pairs = arguments.slots or slots_of(TeacherConfig()), 1 if arguments.quick else arguments.pairs
-    bench = Bench(arguments.model or default_base(), server, arguments.keep or (32 if arguments.quick else 96))
+    bench = Bench(arguments.model or default_base(), server, arguments.keep or (20 if arguments.quick else 96))
     load_before = os.getloadavg()[0]
-    sweep = [bench.saturated(number, 8 * number if arguments.quick else 16 * number) for number in arguments.sweep]
     ours, saturated, python = [], [], []
     for _ in range(pairs):
         ours.append(bench.pipeline(slots))
-        saturated.append(bench.saturated(slots, max(ours[-1]["judged"], 3 * slots)))
-        python.append(bench.python_server(8 if arguments.quick else 16))
+        saturated.append(bench.saturated(slots))
+        python.append(bench.python_server(6 if arguments.quick else 16))
+    sweep = [bench.saturated(number) for number in arguments.sweep]
     rows = [("augment", ours), ("saturated", saturated), ("llama-cpp-python's server", python)]
-    print_table(["", "median tokens/s"], [[f"{n['slots']} slots", n["tokens_per_s"]] for n in sweep] + [[n, median(s)] for n, s in rows])
+    print_table(["", "median tokens/s"], [[n, median(s)] for n, s in rows] + [[f"{n['slots']} slots", n["tokens_per_s"]] for n in sweep])
     figures = {
         "teacher_concurrency_share": statistics.median(o["tokens_per_s"] / s["tokens_per_s"] for o, s in zip(ours, saturated, strict=True)),
         "native_speedup": statistics.median(s["tokens_per_s"] / p["tokens_per_s"] for s, p in zip(saturated, python, strict=True)),
