@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-import queue
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.errors import CdcdaError, TeacherError
+from cdcda_export.errors import TeacherError
 from cdcda_export.manifest import write_atomic
 from cdcda_export.progress import Progress
+from cdcda_mobile.asking import Asking, Desk, Judged
+from cdcda_mobile.choice import choose
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
+from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
-from cdcda_mobile.pool import Pool
-from cdcda_mobile.prompts import Ask, Planner
+from cdcda_mobile.prompts import Planner
+from cdcda_mobile.public_inputs import read_inputs
+from cdcda_mobile.redaction.veil import Veil
 from cdcda_mobile.select import Selector
-from cdcda_mobile.teacher import Answer, AnswerLog, Budget, Hired, Teacher, hire
+from cdcda_mobile.style import card_lines, card_request, counted
+from cdcda_mobile.tasks import get_task
+from cdcda_mobile.teacher import AnswerLog, Budget, Hired, Request, Teacher, hire
 
 KEPT = "kept.jsonl"
 REJECTED = "rejected.jsonl"
@@ -29,7 +35,8 @@ ADVICE = (
     "The base model taught itself. A stronger teacher gives better data: set OPENAI_BASE_URL, OPENAI_API_KEY and --teacher-model "
     "for any OpenAI-compatible endpoint, or --teacher-gguf for a larger local model."
 )
-_DRAIN_S = 30.0
+# Scores records by how much like the user they are; higher is more.
+Likeness = Callable[[Sequence[Record]], Sequence[float]]
 _AHEAD = 4  # requests per thread that may be asked before they are judged
 
 
@@ -51,12 +58,13 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Rejected:
-    """An answer that was not kept: the raw text, and why."""
+    """An answer that was not kept: the raw text, which rule objected, and why."""
 
     id: str
     task: str
     strategy: str
     request: str
+    rule: str
     reason: str
     text: str
 
@@ -66,7 +74,8 @@ class AugmentResult:
     """What an augmentation gave and what it cost.
 
     ``requests`` were judged, ``paid_requests`` were sent in this run (the rest was answered before); the tokens are those of the
-    judged ones; ``stopped`` is '' or what ended it before enough were kept.
+    judged ones; ``wanted`` is how many were to be kept, ``stopped`` is '' or what ended it before that; ``redacted`` counts hidden values
+    by kind.
     """
 
     kept: tuple[Synthetic, ...]
@@ -78,13 +87,17 @@ class AugmentResult:
     seconds: float
     teacher_name: str
     embedded: bool
-    stopped: str = ""
+    wanted: int
+    stopped: str
+    redacted: dict[str, int]
 
     def metrics(self) -> dict[str, Any]:
         """Return counts, costs and the teacher's name, JSON-serialisable; no text of the user's."""
         return {
             "kept": len(self.kept),
+            "wanted": self.wanted,
             "rejected": len(self.rejected),
+            "rules": dict(Counter(item.rule for item in self.rejected).most_common()),
             "reasons": dict(Counter(item.reason for item in self.rejected).most_common()),
             "tasks": dict(sorted(Counter(item.task for item in self.kept).items())),
             "strategies": dict(sorted(Counter(item.strategy for item in self.kept).items())),
@@ -98,6 +111,7 @@ class AugmentResult:
             "embedded": self.embedded,
             "advice": ADVICE if self.embedded else "",
             "stopped": self.stopped,
+            "redacted": self.redacted,
         }
 
 
@@ -113,6 +127,7 @@ def augment(
     answers: Path,
     progress: Progress,
     teacher: Teacher | None = None,
+    likeness: Likeness | None = None,
 ) -> AugmentResult:
     """Let a teacher write synthetic records for one user and keep the good ones.
 
@@ -131,28 +146,128 @@ def augment(
         answers: the append-only log, which outlives the directory.
         progress: told of every record.
         teacher: asked instead of the one that ``teacher_config`` names; the caller closes it.
+        likeness: ranks the candidates; None to rank none.
 
     Raises:
         TeacherError: the teacher cannot be used, or nothing at all could be kept.
         DataError: no training record may be shown.
         DiskFull: there is no room.
     """
-    began, stop, log = time.monotonic(), threading.Event(), AnswerLog(answers)
-    given = nullcontext(Hired(teacher, max(1, teacher_config.concurrency), False, False)) if teacher else None
-    try:
-        with given or hire(teacher_config, base_gguf, seed, progress, stop) as hired:
-            planner = Planner(train, held_out, config, seed, inputs_only=hired.embedded)
-            budget = Budget(teacher_config.max_requests, teacher_config.token_budget)
-            run = _Run(planner, Selector(train, held_out, config), hired, log, budget, config, progress, stop)
-            run.run()
-    finally:
-        stop.set()
-        log.close()
-    result = run.result(time.monotonic() - began)
+    began, veil = time.monotonic(), Veil(train, config, progress)
+    wanted = wanted_of(config, len(train))
+    selector = veil.judge(Selector(train, held_out, config))
+    with _hired(teacher, teacher_config, base_gguf, seed, answers, progress) as (desk, stop):
+        out = HeldOut(veil.kept_out(held_out))
+        embedded = desk.hired.embedded
+        planner = planned(veil.shown(train), out, config, seed, embedded, lambda request: _at_once(request, desk, progress))
+        asking = Asking(planner.ask, selector, desk, math.ceil(wanted * config.pool), wanted * config.max_attempts, progress, stop)
+        asking.run()
+    kept, rejected = _chosen(asking.judged, wanted, config, likeness)
+    result = AugmentResult(
+        kept=kept,
+        rejected=rejected,
+        requests=len(asking.judged),
+        paid_requests=asking.paid,
+        prompt_tokens=asking.prompt_tokens,
+        completion_tokens=asking.completion_tokens,
+        seconds=time.monotonic() - began,
+        teacher_name=desk.hired.teacher.name,
+        embedded=desk.hired.embedded,
+        wanted=wanted,
+        stopped=asking.stopped if len(kept) < wanted else "",
+        redacted=veil.counts,
+    )
     _warn(result, config, user, progress)
     write_atomic(directory / KEPT, _lines(result.kept))
     write_atomic(directory / REJECTED, _lines(result.rejected))
     return result
+
+
+def wanted_of(config: AugmentConfig, real: int) -> int:
+    """Return how many synthetic records are kept beside so many real ones."""
+    return min(config.keep, max(1, int(config.per_real * real)))
+
+
+@contextmanager
+def _hired(
+    teacher: Teacher | None, config: TeacherConfig, base_gguf: Path, seed: int, answers: Path, progress: Progress
+) -> Iterator[tuple[Desk, threading.Event]]:
+    """Give a desk with the teacher, and the event that ends all tries; both are gone with the block."""
+    stop, log = threading.Event(), AnswerLog(answers)
+    budget = Budget(config.max_requests, config.token_budget)
+    try:
+        if teacher is not None:
+            yield Desk(Hired(teacher, max(1, config.concurrency), False, False), log, budget), stop
+        else:
+            with hire(config, base_gguf, seed, progress, stop) as hired:
+                yield Desk(hired, log, budget), stop
+    finally:
+        stop.set()
+        log.close()
+
+
+def _at_once(request: Request, desk: Desk, progress: Progress) -> str:
+    """Return the answer to one request before all others, '' where the budget has no room for it."""
+    if not desk.budget.admit():
+        return ""
+    known = desk.known(request)
+    if known is None:
+        desk.start_teacher()
+        progress.start("reading the user's style")
+        known = desk.pay(request)
+        progress.done()
+    return known.text
+
+
+def planned(
+    train: Sequence[Record], held_out: HeldOut, config: AugmentConfig, seed: int, embedded: bool, answered: Callable[[Request], str]
+) -> Planner:
+    """Return the planner of all requests but those for the style card, which are answered here.
+
+    Args:
+        train: training records as the teacher may see them.
+        held_out: what must never be shown.
+        config: see ``AugmentConfig``.
+        seed: of all choices.
+        embedded: whether the base teaches itself; its prompts have no room for a style card.
+        answered: answers the request for a style card.
+    """
+    card: dict[str, list[str]] = {}
+    may_be_shown = [record for record in train if not held_out.repeated_by(record)]
+    if config.style and not embedded:
+        for name in dict.fromkeys(record.task for record in may_be_shown):
+            records = [record for record in may_be_shown if record.task == name]
+            card[name] = counted(records) + card_lines(answered(card_request(records, seed, config.max_tokens)))
+    inputs = read_inputs(Path(config.inputs)) if config.inputs else {}
+    return Planner(train, held_out, config, seed, embedded, card, inputs)
+
+
+def _chosen(
+    judged: Sequence[Judged], wanted: int, config: AugmentConfig, likeness: Likeness | None
+) -> tuple[tuple[Synthetic, ...], tuple[Rejected, ...]]:
+    """Return what is kept of the candidates, and everything that is not, in the order of the requests."""
+    good = [one for one in judged if not one.reason]
+    made = [_record(one) for one in good]
+    groups = [(one.task, one.strategy, one.output if get_task(one.task).labels else "") for one in made]
+    scores = likeness([Record(m.id, m.date, m.task, m.input, m.output) for m in made]) if likeness and made else None
+    choice = choose([f"{m.input} {m.output}" for m in made], groups, wanted, scores, config.alike)
+    why = {made[place].id: reason for place, reason in choice.reasons.items()}
+    rejected = []
+    for one in judged:
+        name = _name(one)
+        if one.reason or name in why:
+            rule = one.rule if one.reason else "choice"
+            rejected.append(Rejected(name, one.ask.task.name, one.ask.strategy, one.key, rule, one.reason or why[name], one.text))
+    return tuple(made[place] for place in choice.kept), tuple(rejected)
+
+
+def _name(one: Judged) -> str:
+    return f"synthetic-{one.ask.k:05d}"
+
+
+def _record(one: Judged) -> Synthetic:
+    date = max(record.date for record in one.ask.examples)
+    return Synthetic(_name(one), date, one.ask.task.name, one.input, one.output, one.ask.strategy, one.key)
 
 
 def _lines(rows: Sequence[Synthetic | Rejected]) -> str:
@@ -165,7 +280,7 @@ def _warn(result: AugmentResult, config: AugmentConfig, user: str, progress: Pro
     Raises:
         TeacherError: none was.
     """
-    if len(result.kept) == config.keep:
+    if len(result.kept) == result.wanted:
         return
     why = f"{result.stopped} is reached" if result.stopped else f"{result.requests} requests were made, the most that are allowed"
     common = result.metrics()["reasons"]
@@ -175,153 +290,4 @@ def _warn(result: AugmentResult, config: AugmentConfig, user: str, progress: Pro
             f"None of the teacher's {result.requests} answers for user {user} could be kept ({why}).{reason} Name a stronger teacher "
             "(--teacher-base-url, --teacher-model or --teacher-gguf) or train on real records alone (--keep 0)."
         )
-    progress.warn(f"Only {len(result.kept)} of {config.keep} synthetic records were kept: {why}.{reason}")
-
-
-class _Run:
-    """Asks ahead, judges in order, stops at the first request that completes the set."""
-
-    def __init__(
-        self,
-        planner: Planner,
-        selector: Selector,
-        hired: Hired,
-        log: AnswerLog,
-        budget: Budget,
-        config: AugmentConfig,
-        progress: Progress,
-        stop: threading.Event,
-    ) -> None:
-        self._planner, self._selector, self._hired, self._log = planner, selector, hired, log
-        self._budget, self._progress, self._stop = budget, progress, stop
-        self._keep, self._limit = config.keep, config.keep * config.max_attempts
-        self._pool = Pool(hired.concurrency, self._pay)
-        self._asks: dict[int, Ask] = {}
-        self._ready: dict[int, Answer] = {}
-        self._kept: list[Synthetic] = []
-        self._rejected: list[Rejected] = []
-        self._next = self._judged = self._paid = self._prompt_tokens = self._completion_tokens = 0
-        self._stopped = ""
-        self._started = self._shown = False
-
-    def run(self) -> None:
-        """Ask and judge until enough are kept, or a limit is reached.
-
-        Raises:
-            CdcdaError: what the first thread that failed raised, after the others' answers were saved.
-        """
-        try:
-            while self._wants_more():
-                self._ask_ahead()
-                self._show()
-                if self._judged in self._ready:
-                    self._judge(self._judged, self._ready.pop(self._judged))
-                elif self._pool.busy:
-                    self._receive(self._pool.next())
-                else:
-                    break  # the budget is used up and everything that was asked is judged
-        except CdcdaError:
-            self._finish()
-            raise
-        self._finish()
-        self._progress.done(f"{len(self._kept)} of {self._judged} answers kept")
-
-    def _wants_more(self) -> bool:
-        limit, spent = self._budget.token_budget, self._prompt_tokens + self._completion_tokens
-        if limit and spent >= limit:  # counted over judged answers alone, this is the same for any concurrency
-            self._stopped = f"--token-budget {limit}"
-            return False
-        return len(self._kept) < self._keep and self._judged < self._limit
-
-    def _start_teacher(self) -> None:
-        """Start the teacher here, not in a worker: a child process of its must outlive the workers."""
-        if not self._started:
-            self._started = True
-            self._hired.teacher.start()
-            self._shown = False  # that had a progress bar of its own
-
-    def _show(self) -> None:
-        if not self._shown:
-            self._shown = True
-            self._progress.start("writing synthetic records", self._keep, "kept")
-            self._progress.advance(len(self._kept))
-
-    def _ask_ahead(self) -> None:
-        # So far that no thread is idle while all wait for one slow answer to be judged. As many as are still to be kept will be judged
-        # in any case, so at most ``concurrency - 1`` answers are paid for nothing; a token budget is not to be passed by more either.
-        concurrency, missing = self._hired.concurrency, self._keep - len(self._kept)
-        ahead = concurrency if self._budget.token_budget else max(concurrency, min(missing, _AHEAD * concurrency))
-        # Not past an answer that waits to be judged: it may be the last that is needed.
-        while self._judged not in self._ready and self._next < min(self._limit, self._judged + ahead):
-            if not self._budget.admit():
-                self._stopped = self._budget.exhausted()
-                return
-            ask = self._planner.ask(self._next)
-            self._asks[ask.k] = ask
-            known = self._log.get(ask.request.key(self._hired.teacher.name))
-            if known is not None:
-                self._budget.spend(known.tokens)
-                self._ready[ask.k] = known
-            else:
-                self._start_teacher()
-                self._pool.submit(ask.k)
-            self._next += 1
-
-    def _pay(self, k: int) -> Answer:
-        """Ask, in a worker's thread; the answer is on disk before anything else happens."""
-        request, began = self._asks[k].request, time.monotonic()
-        answer = self._hired.teacher.complete(request)
-        name = self._hired.teacher.name
-        self._log.append(request.key(name), name, answer, time.monotonic() - began)
-        self._budget.spend(answer.tokens)
-        return answer
-
-    def _receive(self, item: tuple[int, Answer | Exception]) -> None:
-        k, outcome = item
-        if isinstance(outcome, Exception):
-            raise outcome
-        self._paid += 1
-        self._ready[k] = outcome
-
-    def _judge(self, k: int, answer: Answer) -> None:
-        ask = self._asks.pop(k)
-        verdict = self._selector.judge(ask, answer.text)
-        name, key = f"synthetic-{k:05d}", ask.request.key(self._hired.teacher.name)
-        if verdict.reason:
-            self._rejected.append(Rejected(name, ask.task.name, ask.strategy, key, verdict.reason, answer.text))
-        else:
-            date = max(record.date for record in ask.examples)
-            self._kept.append(Synthetic(name, date, ask.task.name, verdict.input, verdict.output, ask.strategy, key))
-        self._judged += 1
-        self._prompt_tokens += answer.prompt_tokens
-        self._completion_tokens += answer.completion_tokens
-        self._progress.advance(0 if verdict.reason else 1, f"of {self._judged} answers")
-
-    def _finish(self) -> None:
-        """Start nothing more; wait for answers that are under way where they cost money."""
-        self._pool.cancel()
-        if self._hired.local:
-            self._stop.set()
-            return
-        until = time.monotonic() + _DRAIN_S
-        while self._pool.busy and time.monotonic() < until:
-            try:
-                _, outcome = self._pool.next(until - time.monotonic())
-            except queue.Empty:
-                return
-            self._paid += isinstance(outcome, Answer)
-
-    def result(self, seconds: float) -> AugmentResult:
-        """Return what came of it."""
-        return AugmentResult(
-            kept=tuple(self._kept),
-            rejected=tuple(self._rejected),
-            requests=self._judged,
-            paid_requests=self._paid,
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            seconds=seconds,
-            teacher_name=self._hired.teacher.name,
-            embedded=self._hired.embedded,
-            stopped=self._stopped if len(self._kept) < self._keep else "",
-        )
+    progress.warn(f"Only {len(result.kept)} of {result.wanted} synthetic records were kept: {why}.{reason}")

@@ -218,6 +218,7 @@ def main_parser() -> argparse.ArgumentParser:
     text = "let the teacher write synthetic records for a user"
     augment = verbs.add_parser("augment", help=text, description=text)
     _add_common(augment, user=True)
+    augment.add_argument("--show-requests", action="store_true", help="print what would be sent to the teacher, as JSON lines, and stop")
     augment.set_defaults(function=_augment)
     _add_train(verbs.add_parser("train", help="train LoRA adapters", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)

@@ -57,16 +57,35 @@ class AugmentConfig:
     """How many synthetic records, and how they are asked for and kept."""
 
     keep: int = setting(32, "synthetic records to keep (0: real records only)", "N")
-    examples: int = setting(3)
+    # Never more than so many for each real one.
+    per_real: float = setting(4.0)
+    # Candidates for each record that is kept: the best of them are. And which part of them likeness leaves for diversity to choose from.
+    pool: float = setting(1.5)
+    likeness: str = setting("", "how candidates are ranked: adapter (as much likelier under the user's own adapter) or nothing", "HOW")
+    alike: float = setting(0.8)
+    strategies: list[str] = setting(["counterpart", "new"])
+    # Rules that are left out, by name (cdcda_mobile/select.py).
+    without: list[str] = setting([])
+    inputs: str = setting("", "JSONL of others' inputs ({task, input}) to answer in the user's voice", "FILE")
+    style: bool = setting(True)
+    examples: int = setting(12)
     temperature: float = setting(0.9)
     top_p: float = setting(0.95)
     max_tokens: int = setting(160)
     max_attempts: int = setting(6)
     near_duplicate: float = setting(0.6)
+    redact: bool = setting(False, "hide names, addresses, numbers and secrets from the teacher (docs/privacy.md)")
+    redact_names: str = setting("", "spaCy pipeline that finds names for --redact, or plain (default: the best here)", "NAME")
 
     def __post_init__(self) -> None:
         if self.keep < 0 or self.examples < 1 or self.max_attempts < 1:
             raise ConfigError("augment.keep must be 0 or more, augment.examples and augment.max_attempts at least 1.")
+        if not self.per_real > 0 or not self.pool >= 1 or not 0 < self.alike <= 1:
+            raise ConfigError("augment.per_real must be above 0, augment.pool at least 1, augment.alike above 0 and at most 1.")
+        if self.likeness not in ("", "adapter"):
+            raise ConfigError(f"There is no likeness '{self.likeness}'. One of: adapter, or '' for none.")
+        if self.redact_names and not self.redact:
+            raise ConfigError("--redact-names says how --redact finds names; give --redact too.")
 
 
 # How synthetic and real records follow each other: shuffled, or every pass over the synthetic ones before the first over the real ones.
@@ -86,6 +105,9 @@ class TrainConfig:
     clip: float = setting(1.0)
     batch_size: int = setting(8)
     epochs: int = setting(2, "passes over the training records", "N")
+    # Above 0: the number of steps, however many records there are; and the steps between two looks at the validation records.
+    max_steps: int = setting(0)
+    evaluate_every: int = setting(0)
     patience: int = setting(3)
     evaluations_per_epoch: int = setting(2)
     max_tokens: int = setting(512)
@@ -102,6 +124,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.epochs < 1 or self.batch_size < 1 or not self.targets:
             raise ConfigError("train.rank, train.epochs and train.batch_size must be at least 1, train.targets not empty.")
+        if self.max_steps < 0 or self.evaluate_every < 0:
+            raise ConfigError("train.max_steps and train.evaluate_every must be 0 (by epochs) or more.")
         if self.checkpoint_steps < 1 or self.threads < 0 or not self.clip > 0 or not self.learning_rate > 0:
             raise ConfigError("train.checkpoint_steps, clip and learning_rate must be above 0, train.threads 0 (all cores) or more.")
         if not self.synthetic_weight or not self.synthetic_schedule:

@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -24,6 +24,32 @@ _RENAMED = {"max_tokens": "max_completion_tokens"}
 _OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
 _BAD_REQUEST = (400, 422)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def request_body(request: Request, model: str, form: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON body of a request.
+
+    Args:
+        request: what is asked.
+        model: its name at the endpoint.
+        form: of structured output, one of :data:`FORMATS`.
+        extra: fields that only this endpoint knows.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": list(request.messages),
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "max_tokens": request.max_tokens,
+        **extra,
+    }
+    if form == "json_schema":
+        described = {"name": "record", "schema": request.schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": described}
+    elif form == "json_object":
+        body["response_format"] = {"type": "json_object", "schema": request.schema}
+    return body
 
 
 class _Refused(Exception):
@@ -118,21 +144,7 @@ class OpenAITeacher:
         raise TeacherError(f"The teacher at {self.url} refuses the request: {refusal}")
 
     def _body(self, request: Request, form: str) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.name,
-            "messages": list(request.messages),
-            "seed": request.seed,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "max_tokens": request.max_tokens,
-            **self._extra,
-        }
-        if form == "json_schema":
-            described = {"name": "record", "schema": request.schema, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": described}
-        elif form == "json_object":
-            body["response_format"] = {"type": "json_object", "schema": request.schema}
-        return body
+        return request_body(request, self.name, form, self._extra)
 
     def _create(self, body: dict[str, Any]) -> dict[str, Any]:
         """Post a chat completion, leaving out what newer models do not take."""

@@ -93,6 +93,10 @@ def run_stage(arguments: argparse.Namespace, configs: Configs, stage: str) -> No
     if arguments.dry_run:
         dry_run(pipeline, arguments.json)
         return
+    if getattr(arguments, "show_requests", False):
+        for request in pipeline.shown_requests():
+            print(json.dumps(request, ensure_ascii=False))
+        return
     metrics = pipeline.run(until=stage)
     if arguments.json:
         print_json(metrics)

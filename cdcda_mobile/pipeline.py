@@ -19,6 +19,7 @@ from cdcda_export.recipe import ExportConfig
 from cdcda_export.report import write_report
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.history import Record, Split, read_history, records_in, split_by_time
+from cdcda_mobile.redaction.library import chosen_model
 from cdcda_mobile.user_training import UserTraining, train_users
 from cdcda_mobile.workspace import Workspace, write_lines
 
@@ -93,6 +94,12 @@ class Pipeline:
         inputs = {f"history/{name}": output["sha256"] for name, output in history.outputs.items()}
         gguf = sha256_file(Path(self.job.teacher.gguf)) if self.job.teacher.gguf else self.base.sha256
         config = {**asdict(self.job.augment), "teacher": teacher, "seed": self.job.seed}
+        if self.job.augment.inputs:
+            inputs["inputs"] = sha256_file(Path(self.job.augment.inputs))
+        if self.job.augment.likeness:
+            config["train"] = asdict(self.job.train)
+        if self.job.augment.redact:
+            config["redact_names"] = chosen_model(self.job.augment.redact_names)  # another finder shows the teacher other texts
         return self._stage("augment", config, {**inputs, "teacher_gguf": gguf})
 
     def training(self, history: Manifest, augmented: Manifest | None) -> UserTraining:
@@ -161,6 +168,14 @@ class Pipeline:
                 began, training = time.monotonic(), self.to_train()
                 self.take(train_users([training], self.progress)[0], training.reused, time.monotonic() - began)
             return dict(self.adapter.metrics) if until == "adapter" else self.export()
+
+    def shown_requests(self) -> Iterator[dict[str, Any]]:
+        """Yield what the augment stage would send to the teacher; nothing is sent or written."""
+        from cdcda_mobile.shown_requests import shown_requests
+
+        split, job = self._split(), self.job
+        held_out, log = (*split.validation, *split.test), self.directory / "teacher" / "answers.jsonl"
+        return shown_requests(split.train, held_out, job.augment, job.teacher, self.base.file.path, job.seed, log, self.progress)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -267,17 +282,25 @@ class Pipeline:
     def _run_augment(self, stage: Stage) -> Manifest:
         from cdcda_mobile.augment import augment
 
+        train, validation, directory = self.records("train"), self.records("validation"), stage.begin()
+        likeness = None
+        if self.job.augment.likeness:
+            from cdcda_mobile.likeness import LikelihoodGain
+
+            scratch = directory / "likeness"
+            likeness = LikelihoodGain(self.base, self.job.user, train, validation, self.job.train, self.job.seed, scratch, self.progress)
         result = augment(
-            train=tuple(self.records("train")),
-            held_out=(*self.records("validation"), *self.records("test")),
+            train=tuple(train),
+            held_out=(*validation, *self.records("test")),
             user=self.job.user,
             config=self.job.augment,
             teacher_config=self.job.teacher,
             base_gguf=self.base.file.path,
             seed=self.job.seed,
-            directory=stage.begin(),
+            directory=directory,
             answers=self.directory / "teacher" / "answers.jsonl",
             progress=self.progress,
+            likeness=likeness,
         )
         return stage.finish(result.metrics(), ["kept.jsonl", "rejected.jsonl"])
 

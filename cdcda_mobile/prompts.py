@@ -1,8 +1,16 @@
-"""What the teacher is asked: request number k is a function of the training records, the configuration, the seed and k alone.
+"""What the teacher is asked: request number k is a function of the training records, the style card, the configuration, the seed and k.
 
-Two ways to make a record. ``keep-output``: a real output of the user's is kept and the teacher writes an input that could have led to
-it; what the student learns to say stays the user's own words. ``pair``: the teacher writes input and output. The embedded
-teacher, too small to write like somebody, is asked for inputs only; labels and scores are always the user's own mix.
+The strategies, each a way to make a record:
+
+* ``counterpart``: a real output of the user's is kept, and the teacher writes another input that leads to it. What the student learns to
+  say stays the user's own words. Labels and scores are asked for in the user's own mix; of a text that has no input (a tweet, a note) the
+  teacher writes the plain wording, so that a history without pairs becomes pairs.
+* ``new``: another situation, both sides in the user's voice.
+* ``rewrite``: another situation, the answer that anybody would give, and that answer made into the user's.
+* ``answer``: a real input of somebody else's (``augment.inputs``), answered in the user's voice.
+
+All requests about one task begin with the same turn: who the person is and the records that show it best. The embedded teacher, too
+small for that, sees a few examples as turns of the chat, and is asked for inputs only.
 """
 
 from __future__ import annotations
@@ -16,26 +24,64 @@ from dataclasses import dataclass
 
 from cdcda_export.errors import DataError
 from cdcda_mobile.config import AugmentConfig
+from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import Task, get_task
 from cdcda_mobile.teacher import Request
-from cdcda_mobile.textual import normalized, words
+from cdcda_mobile.textual import farthest_first, grams, words
 
-KEEP_OUTPUT = "keep-output"
-PAIR = "pair"
-_SHOWN_WORDS = 110  # of an input in a prompt: three examples and the answer fit the local teacher's context
+_SHOWN_WORDS = 110  # of an input in a prompt
+_LISTED_WORDS = 500  # of all records in the first turn: with the answer they fit the local teacher's context
+_TURNS = 3  # examples that the embedded teacher sees
 _TOKENS_PER_WORD = 1.7
-_LEAK_WORDS = 5  # shorter texts, such as "4" or "fix typo", recur by chance
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to ask: which fields the answer has, and the question about a record of the user's.
+
+    In the question ``{input}`` and ``{output}`` are the task's words for the two sides, ``{record}`` is a record as it is listed,
+    ``{given}`` is what is kept of it.
+    """
+
+    fields: tuple[str, ...]
+    question: str
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "counterpart": Strategy(
+        ("input",),
+        "This person gave this {output}:\n{given}\n\nWrite another {input} that leads this person to exactly this {output}, in other words "
+        "and with other details than above.",
+    ),
+    "new": Strategy(
+        ("input", "output"),
+        "Write one more record of this person. It is none of the above; the nearest is this one:\n\n{record}\n\nWrite the {input}, and the "
+        "{output} as only this person would write it.",
+    ),
+    "rewrite": Strategy(
+        ("input", "plain", "output"),
+        "Write one more record of this person, not far from this one:\n\n{record}\n\nFirst the {input}, then as `plain` the {output} that "
+        "anybody would give, then as `output` the {output} that only this person would write.",
+    ),
+    "answer": Strategy(("output",), "Write the {output} that this person would give here, in their own manner:\n\n{input}: {given}"),
+}
+_LABELLED = Strategy(
+    ("input",),
+    "Write another {input} that this person would answer with the {output} `{given}`. It is about as long as this one, on another matter:"
+    "\n\n{record}",
+)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Request number ``k`` with what is needed to judge its answer; ``output`` is '' where the teacher writes it."""
+    """Request number ``k`` with what is needed to judge its answer; ``input`` and ``output`` are '' where the teacher writes them."""
 
     k: int
     task: Task
     strategy: str
     examples: tuple[Record, ...]
+    input: str
     output: str
     request: Request
 
@@ -62,121 +108,173 @@ class Proportion:
         return self._places[k]
 
 
+class _Subject:
+    """One task of the user's: its records, what is shown of them in every request, and the turns of strategies and labels."""
+
+    def __init__(self, name: str, records: Sequence[Record], config: AugmentConfig, inputs: Sequence[str], inputs_only: bool) -> None:
+        kept = get_task(name)
+        self.records, self.inputs, self.paired = list(records), list(inputs), not kept.teaches
+        self.task = kept if self.paired else get_task(kept.teaches)
+        self.shown = self._spread(config.examples)
+        self.labels = Proportion(Counter(r.output for r in records)) if self.task.labels else None
+        possible = {"counterpart": True, "new": self.labels is None, "rewrite": self.labels is None and self.paired, "answer": bool(inputs)}
+        wanted = ["counterpart"] if inputs_only else [s for s in config.strategies if possible[s]]
+        self.strategies = Proportion(dict.fromkeys(wanted or ["counterpart"], 1))
+
+    def _spread(self, count: int) -> tuple[Record, ...]:
+        """Return the records that show the person best: the newest, then always the one least like those before; as many as have room."""
+        newest = list(reversed(self.records))
+        room = _LISTED_WORDS
+        chosen: list[Record] = []
+        for index in farthest_first([grams(f"{r.input} {r.output}") for r in newest], len(newest)):
+            size = min(words(newest[index].input), _SHOWN_WORDS) * self.paired + words(newest[index].output)
+            if len(chosen) < count and (size <= room or not chosen):
+                chosen.append(newest[index])
+                room -= size
+        return tuple(sorted(chosen, key=lambda r: (r.date, r.id)))
+
+    def listed(self, record: Record) -> str:
+        """Return a record as the teacher sees it."""
+        output = f"{self.task.output}: {record.output}"
+        return f"{self.task.input}: {clipped(record.input)}\n{output}" if self.paired else output
+
+
 class Planner:
     """Makes the requests.
 
     Args:
-        train: records that may be shown to the teacher, but for those that hold a text of ``held_out``.
-        held_out: validation and test records; read only to keep them out.
-        config: how many examples, and how to sample.
+        train: records that may be shown to the teacher, but for those that hold a held-out text.
+        held_out: what must never be shown.
+        config: how many examples, which strategies, how to sample.
         seed: of every choice.
         inputs_only: never ask for outputs (a weak teacher).
+        card: lines that describe the person, by task; see :mod:`cdcda_mobile.style`.
+        inputs: inputs of others by task, for the strategy ``answer``.
 
     Raises:
         DataError: no training record may be shown.
     """
 
-    def __init__(self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig, seed: int, inputs_only: bool) -> None:
-        texts = {normalized(t) for r in held_out for t in (r.input, r.output)}
-        self._secrets = tuple(sorted(t for t in texts if len(t.split()) >= _LEAK_WORDS))
-        self._exact = {(r.task, normalized(r.input)) for r in held_out}
-        self._config, self._seed, self._inputs_only = config, seed, inputs_only
-        self._records: dict[str, list[Record]] = {}
+    def __init__(
+        self,
+        train: Sequence[Record],
+        held_out: HeldOut,
+        config: AugmentConfig,
+        seed: int,
+        inputs_only: bool,
+        card: Mapping[str, Sequence[str]] | None = None,
+        inputs: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._held_out, self._config, self._seed, self._turns = held_out, config, seed, inputs_only
+        grouped: dict[str, list[Record]] = {}
         for record in train:
-            if not self._repeats_held_out(record):
-                self._records.setdefault(record.task, []).append(record)
-        if not self._records:
+            if not held_out.repeated_by(record):
+                grouped.setdefault(record.task, []).append(record)
+        if not grouped:
             raise DataError("Every training record repeats a held-out text, so none may be shown to the teacher; use --keep 0.")
-        self._tasks = Proportion({name: len(records) for name, records in self._records.items()})
-        self._labels = {name: Proportion(Counter(r.output for r in records)) for name, records in self._records.items()}
-
-    def _repeats_held_out(self, record: Record) -> bool:
-        if (record.task, normalized(record.input)) in self._exact:
-            return True
-        text = f" {normalized(record.input)} \n {normalized(record.output)} "
-        return any(f" {secret} " in text for secret in self._secrets)
+        public = {name: [text for text in (inputs or {}).get(name, ()) if not held_out.stands_in(name, text)] for name in grouped}
+        self._subjects = {name: _Subject(name, rows, config, public[name], inputs_only) for name, rows in grouped.items()}
+        self._tasks = Proportion({name: len(rows) for name, rows in grouped.items()})
+        self._card = {name: [line for line in (card or {}).get(name, ()) if not held_out.shown_in(line)] for name in grouped}
 
     def ask(self, k: int) -> Ask:
         """Return request number k, from 0."""
         name, number = self._tasks.at(k)
-        chance = random.Random(f"{self._seed}:{k}")
-        task, records = get_task(name), self._records[name]
-        if task.labels:
-            made = self._for_label(task, records, number, chance)
-        elif len(records) > 1 and (self._inputs_only or number % 2 == 0):
-            made = self._for_output(task, records, number, chance)
-        else:
-            made = PAIR, tuple(chance.sample(records, min(self._config.examples, len(records)))), ""
-        strategy, examples, output = made
-        request = self._request(task, strategy, examples, output, records, k)
-        return Ask(k, task, strategy, examples, output, request)
+        subject, chance = self._subjects[name], random.Random(f"{self._seed}:{k}")
+        strategy, turn = subject.strategies.at(number)
+        near, given = self._near(name, strategy, turn, chance)
+        input_, output = (given, "") if strategy == "answer" else ("", given)
+        shown = self._few(subject, near, chance) if self._turns else (*subject.shown, near)
+        messages = self._few_shot(subject, shown, output) if self._turns else self._messages(name, strategy, near, given)
+        self._held_out.assert_not_shown(messages)
+        request = self._request(subject, strategy, messages, k)
+        return Ask(k, subject.task, strategy, tuple(dict.fromkeys(shown)), input_, output, request)
 
-    def _for_label(self, task: Task, records: Sequence[Record], number: int, chance: random.Random) -> tuple[str, tuple[Record, ...], str]:
-        """Ask for an input of one label, shown by inputs of that label first."""
-        label, _ = self._labels[task.name].at(number)
-        alike = [record for record in records if record.output == label]
-        others = [record for record in records if record.output != label]
-        count = self._config.examples
+    def _near(self, name: str, strategy: str, turn: int, chance: random.Random) -> tuple[Record, str]:
+        """Return the record that a request is about, and what is kept: the output, a label, or an input of somebody else's."""
+        subject = self._subjects[name]
+        if subject.labels is not None and strategy == "counterpart":
+            label, _ = subject.labels.at(turn)
+            return chance.choice([record for record in subject.records if record.output == label]), label
+        # Every record has its turn once before one has it twice.
+        cycle, at = divmod(turn, len(subject.records))
+        order = list(range(len(subject.records)))
+        random.Random(f"{self._seed}:{name}:{strategy}:{cycle}").shuffle(order)
+        record = subject.records[order[at]]
+        if strategy == "answer":
+            texts = list(subject.inputs)
+            random.Random(f"{self._seed}:{name}:inputs").shuffle(texts)
+            return record, texts[turn % len(texts)]
+        return record, record.output if strategy == "counterpart" else ""
+
+    def _messages(self, name: str, strategy: str, near: Record, given: str) -> list[dict[str, str]]:
+        subject = self._subjects[name]
+        task, way = subject.task, STRATEGIES[strategy]
+        if subject.labels is not None and strategy == "counterpart":
+            way = _LABELLED
+        question = way.question.format(input=task.input, output=task.output, given=given, record=subject.listed(near))
+        return [
+            {"role": "system", "content": self._system(name)},
+            {"role": "user", "content": f"{question}\n\nAnswer in JSON with {_named(way.fields)}."},
+        ]
+
+    def _system(self, name: str) -> str:
+        subject = self._subjects[name]
+        task, records = subject.task, "\n\n".join(subject.listed(record) for record in subject.shown)
+        sides = f"the {task.input} and this person's {task.output}" if subject.paired else f"this person's {task.output}"
+        about = "".join(f"\n- {line}" for line in self._card[name])
+        card = f"\n\nWhat marks this person:{about}" if about else ""
+        return f"You write as one particular person, {task.person}. These are records of the person: {sides}.\n\n{records}{card}"
+
+    # The embedded teacher.
+
+    def _few(self, subject: _Subject, near: Record, chance: random.Random) -> tuple[Record, ...]:
+        """Return a few records for turns of the chat: those with the label that is asked for, else any but the one that is asked about."""
+        count = min(_TURNS, self._config.examples)
+        if subject.labels is None:
+            others = [record for record in subject.records if record is not near] or [near]
+            return tuple(chance.sample(others, min(count, len(others))))
+        alike = [record for record in subject.records if record.output == near.output]
+        others = [record for record in subject.records if record.output != near.output]
         chosen = chance.sample(alike, min(count, len(alike)))
-        chosen = chance.sample(others, min(count - len(chosen), len(others))) + chosen
-        return KEEP_OUTPUT, tuple(chosen), label
+        return tuple(chance.sample(others, min(count - len(chosen), len(others))) + chosen)
 
-    def _for_output(self, task: Task, records: Sequence[Record], number: int, chance: random.Random) -> tuple[str, tuple[Record, ...], str]:
-        """Ask for another input to a real output; every record lends its output once before one does twice."""
-        turn = number if self._inputs_only else number // 2
-        order = list(range(len(records)))
-        random.Random(f"{self._seed}:{task.name}:{turn // len(records)}").shuffle(order)
-        source = records[order[turn % len(records)]]
-        others = [record for record in records if record is not source]
-        return KEEP_OUTPUT, tuple(chance.sample(others, min(self._config.examples, len(others)))), source.output
+    def _few_shot(self, subject: _Subject, shown: Sequence[Record], output: str) -> list[dict[str, str]]:
+        task, lengths = subject.task, sorted(min(words(record.input), _SHOWN_WORDS) for record in subject.records)
+        one = f"one {task.input} of about {lengths[len(lengths) // 2]} words"
+        kind = f"You write as one particular person. For each {task.output} write {one} that leads this person to it"
+        messages = [{"role": "system", "content": f"{kind}. Keep the voice, change the facts, copy nothing. Answer in JSON."}]
+        for record in shown:
+            messages.append({"role": "user", "content": f"{task.output}: {record.output}"})
+            messages.append({"role": "assistant", "content": json.dumps({"input": clipped(record.input)}, ensure_ascii=False)})
+        return [*messages, {"role": "user", "content": f"{task.output}: {output}"}]
 
-    def _request(self, task: Task, strategy: str, examples: Sequence[Record], output: str, records: Sequence[Record], k: int) -> Request:
-        lengths = sorted(min(words(record.input), _SHOWN_WORDS) for record in records)
-        names = ("input",) if strategy == KEEP_OUTPUT else ("input", "output")
-        messages = [{"role": "system", "content": _system(task, strategy, lengths[len(lengths) // 2])}]
-        for record in examples:
-            sides = {"input": _clipped(record.input), "output": record.output}
-            answer = json.dumps({name: sides[name] for name in names}, ensure_ascii=False)
-            messages.append({"role": "user", "content": _question(task, strategy, record.output)})
-            messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": _question(task, strategy, output)})
-        self._assert_private(messages)
-        longest = 2 * lengths[-1] + (0 if strategy == KEEP_OUTPUT else 2 * max(words(r.output) for r in records))
+    def _request(self, subject: _Subject, strategy: str, messages: Sequence[dict[str, str]], k: int) -> Request:
+        fields = STRATEGIES[strategy].fields
+        longest = {"output": max(words(r.output) for r in subject.records), "plain": max(words(r.output) for r in subject.records)}
+        longest["input"] = max(min(words(r.input), _SHOWN_WORDS) for r in subject.records) if subject.paired else longest["output"]
+        closed = {"output": {"type": "string", "enum": list(subject.task.labels)}} if subject.task.labels else {}
         return Request(
             messages=tuple(messages),
             schema={
                 "type": "object",
-                "properties": {name: {"type": "string"} for name in names},
-                "required": list(names),
+                "properties": {name: closed.get(name, {"type": "string"}) for name in fields},
+                "required": list(fields),
                 "additionalProperties": False,
             },
             seed=int.from_bytes(hashlib.sha256(f"{self._seed}:{k}".encode()).digest()[:4]) & 0x7FFFFFFF,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
-            max_tokens=min(self._config.max_tokens, int(longest * _TOKENS_PER_WORD) + 16),
+            max_tokens=min(self._config.max_tokens, int(2 * sum(longest[name] for name in fields) * _TOKENS_PER_WORD) + 16),
         )
 
-    def _assert_private(self, messages: Sequence[Mapping[str, str]]) -> None:
-        """Hold the rule that no held-out text is ever shown to the teacher."""
-        shown = " \n ".join(f" {normalized(message['content'])} " for message in messages)
-        leaked = next((secret for secret in self._secrets if f" {secret} " in shown), None)
-        if leaked is not None:
-            raise AssertionError("a held-out text stands in a request to the teacher")
 
-
-def _clipped(text: str) -> str:
+def clipped(text: str) -> str:
+    """Return the beginning of a text, as much as a prompt has room for."""
     parts = text.split(" ")
     return text if len(parts) <= _SHOWN_WORDS else " ".join(parts[:_SHOWN_WORDS])
 
 
-def _question(task: Task, strategy: str, output: str) -> str:
-    return f"{task.output_name}: {output}" if strategy == KEEP_OUTPUT else "Another one."
-
-
-def _system(task: Task, strategy: str, length: int) -> str:
-    one = f"one {task.input_name} of about {length} words"
-    if strategy == KEEP_OUTPUT:
-        kind = f"You write as one particular person. For each {task.output_name} write {one} that leads this person to it"
-    else:
-        kind = f"You write as one particular person: {one}, and this person's {task.output_name} for it"
-    return f"{kind}. Keep the voice, change the facts, copy nothing. Answer in JSON."
+def _named(fields: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in fields]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -1,22 +1,28 @@
-"""What is kept of a teacher's answers, and why the rest is not."""
+"""What is kept of a teacher's answers, and why the rest is not.
+
+An answer becomes a candidate when no rule of :data:`RULES` objects; each can be left out (``augment.without``), but for those that
+keep held-out texts away. Of the candidates :mod:`cdcda_mobile.choice` keeps the best.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdcda_mobile.config import AugmentConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import KEEP_OUTPUT, Ask
-from cdcda_mobile.tasks import Task, get_task
-from cdcda_mobile.textual import contained, grams, jaccard, letter_share, loops, normalized, scripts, words
+from cdcda_mobile.prompts import Ask
+from cdcda_mobile.tasks import get_task
+from cdcda_mobile.textual import contained, grams, jaccard, languages, letter_share, loops, normalized, scripts, words
 
 _HELD_OUT_JACCARD = 0.5
 _COPIED_SHARE = 0.6
 _ECHOED_SHARE = 0.5  # unless the user's own outputs quote more of their inputs
 _LETTERS_BELOW = 0.12  # how far under the user's own lowest share of letters a text may fall
 _FOREIGN_LETTERS = 0.1
+# By so much log likelihood another language must beat the user's: it does for none of 2,300 real headlines, articles and commit subjects.
+_FOREIGN_NATS = 15.0
 _MARKUP = frozenset("<>{}[]|\\`#*_~^=@")
 _REACHABLE_WORDS = 0.4  # words that fit one token of max_tokens, at the worst
 _PREFACES = ("here is", "here are", "sure", "as an ai", "certainly", "i'm sorry", "i am sorry")
@@ -24,10 +30,11 @@ _PREFACES = ("here is", "here are", "sure", "as an ai", "certainly", "i'm sorry"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Either the two sides of a good record, or the reason why there is none."""
+    """Either the two sides of a good record, or the rule that objects and the reason why."""
 
     input: str = ""
     output: str = ""
+    rule: str = ""
     reason: str = ""
 
 
@@ -40,6 +47,7 @@ class _Own:
     letters: float
     scripts: frozenset[str]
     characters: frozenset[str]
+    languages: frozenset[str]
 
 
 def first_object(text: str) -> object:
@@ -53,28 +61,50 @@ def first_object(text: str) -> object:
     return None
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """An answer under judgement, with what the rules look at."""
+
+    ask: Ask
+    sides: dict[str, str]
+    grams: dict[str, frozenset[tuple[str, ...]]]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The sides that the teacher wrote."""
+        return tuple(side for side in ("input", "output") if not getattr(self.ask, side))
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Those of them that are free text."""
+        return tuple(side for side in self.written if side == "input" or not self.ask.task.labels)
+
+
 class Selector:
-    """Judges answers in the order of their requests; what it keeps counts as known from then on.
+    """Judges answers in the order of their requests; what passes counts as known from then on.
 
     Args:
         train: the user's real records.
         held_out: validation and test records, to which nothing may come near.
-        config: ``near_duplicate`` and ``max_tokens``.
+        config: ``near_duplicate``, ``max_tokens`` and the rules that are left out.
     """
 
     def __init__(self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig) -> None:
         self._config = config
+        self._rules = [name for name in RULES if name not in config.without]
         self._known = [(normalized(r.input), grams(r.input)) for r in train]
         self._outputs = {normalized(r.output) for r in train}
         self._held_texts = {normalized(t) for r in held_out for t in _texts(r)}
         self._held_grams = [grams(t) for r in held_out for t in _texts(r)]
         self._own: dict[tuple[str, str], _Own] = {}
         self._echo: dict[str, float] = {}
-        for task in {record.task for record in train}:
-            alike = [record for record in train if record.task == task]
-            self._own[task, "input"] = self._describe([r.input for r in alike])
-            self._own[task, "output"] = self._describe([r.output for r in alike])
-            self._echo[task] = max(_ECHOED_SHARE, *(contained(grams(r.output), grams(r.input)) for r in alike))
+        for name in {record.task for record in train}:
+            alike, task = [record for record in train if record.task == name], get_task(name)
+            outputs = [r.output for r in alike]
+            # The plain wording of a text is about as long as the text.
+            made, inputs = (task.teaches, outputs) if task.teaches else (name, [r.input for r in alike])
+            self._own[made, "input"], self._own[made, "output"] = self._describe(inputs), self._describe(outputs)
+            self._echo[made] = 1.0 if task.teaches else max(_ECHOED_SHARE, *(contained(grams(r.output), grams(r.input)) for r in alike))
 
     def _describe(self, texts: Sequence[str]) -> _Own:
         lengths = [words(text) for text in texts]
@@ -85,47 +115,92 @@ class Selector:
             letters=min(letter_share(text) for text in texts) - _LETTERS_BELOW,
             scripts=frozenset(scripts(everything)),
             characters=frozenset(everything),
+            languages=_languages(texts),
         )
 
     def judge(self, ask: Ask, text: str) -> Verdict:
-        """Say whether an answer becomes a record; a record that does is remembered."""
+        """Say whether an answer becomes a candidate; one that does is remembered."""
         sides, reason = _parsed(ask, text)
-        reason = reason or self._why_invalid(ask, sides) or self._why_known(ask, sides)
         if reason:
-            return Verdict(reason=reason)
-        self._known.append((normalized(sides["input"]), grams(sides["input"])))
+            return Verdict(rule="schema", reason=reason)
+        for side, given in sides.items():
+            if "\n" not in self._own[ask.task.name, side].characters:
+                sides[side] = " ".join(given.split())
+        candidate = _Candidate(ask, sides, {side: grams(sides[side]) for side in ("input", "output")})
+        if self._near_held_out(candidate):
+            return Verdict(rule="held-out", reason="held-out overlap")
+        for name in self._rules:
+            reason = RULES[name](self, candidate)
+            if reason:
+                return Verdict(rule=name, reason=reason)
+        self._known.append((normalized(sides["input"]), candidate.grams["input"]))
         if not ask.output:
             self._outputs.add(normalized(sides["output"]))
         return Verdict(sides["input"], sides["output"])
 
-    def _why_invalid(self, ask: Ask, sides: dict[str, str]) -> str:
-        for side in ("input",) if ask.output else ("input", "output"):
-            reason = _why_no_text(sides[side], self._own[ask.task.name, side])
+    def _near_held_out(self, candidate: _Candidate) -> bool:
+        sides = ("input",) if candidate.ask.task.labels else ("input", "output")
+        if any(normalized(candidate.sides[side]) in self._held_texts for side in sides):
+            return True
+        return any(jaccard(candidate.grams[side], other) > _HELD_OUT_JACCARD for side in sides for other in self._held_grams)
+
+    # The rules: each returns '' or what it objects to.
+
+    def _each_free(self, candidate: _Candidate, why: Callable[[str, _Own], str]) -> str:
+        for side in candidate.free:
+            reason = why(candidate.sides[side], self._own[candidate.ask.task.name, side])
             if reason:
                 return f"{side}: {reason}"
-        return _why_no_label(ask.task, sides["output"])
+        return ""
 
-    def _why_known(self, ask: Ask, sides: dict[str, str]) -> str:
-        given, new = normalized(sides["input"]), grams(sides["input"])
-        if self._held_out(sides["input"]) or (not ask.task.labels and self._held_out(sides["output"])):
-            return "held-out overlap"
-        for record in ask.examples:
-            if normalized(record.input) == given or contained(new, grams(record.input)) > _COPIED_SHARE:
-                return "copy of an example in the prompt"
+    def _length(self, candidate: _Candidate) -> str:
+        return self._each_free(candidate, _why_length)
+
+    def _text(self, candidate: _Candidate) -> str:
+        return self._each_free(candidate, _why_no_text)
+
+    def _language(self, candidate: _Candidate) -> str:
+        return self._each_free(candidate, _why_language)
+
+    def _label(self, candidate: _Candidate) -> str:
+        task = candidate.ask.task
+        return "" if not task.labels or candidate.sides["output"] in task.labels else "label outside the set"
+
+    def _copy(self, candidate: _Candidate) -> str:
+        for record in candidate.ask.examples:
+            for side in candidate.free:
+                theirs = getattr(record, side)
+                same = normalized(theirs) == normalized(candidate.sides[side])
+                if same or contained(candidate.grams[side], grams(theirs)) > _COPIED_SHARE:
+                    return "copy of an example in the prompt"
+        return ""
+
+    def _duplicate(self, candidate: _Candidate) -> str:
+        given, new = normalized(candidate.sides["input"]), candidate.grams["input"]
         if any(text == given or jaccard(new, other) > self._config.near_duplicate for text, other in self._known):
             return "near duplicate of a known input"
-        echoed = contained(grams(sides["output"]), new)
-        if normalized(sides["output"]) == given or (not ask.task.labels and echoed > self._echo[ask.task.name]):
-            return "input repeats the output"
-        if not ask.output and normalized(sides["output"]) in self._outputs:
+        if "output" in candidate.free and normalized(candidate.sides["output"]) in self._outputs:
             return "output is already known"
         return ""
 
-    def _held_out(self, text: str) -> bool:
-        if normalized(text) in self._held_texts:
-            return True
-        new = grams(text)
-        return any(jaccard(new, other) > _HELD_OUT_JACCARD for other in self._held_grams)
+    def _echoes(self, candidate: _Candidate) -> str:
+        if candidate.ask.task.labels:
+            return ""
+        given, said = normalized(candidate.sides["input"]), normalized(candidate.sides["output"])
+        echoed = contained(candidate.grams["output"], candidate.grams["input"])
+        return "input repeats the output" if said == given or echoed > self._echo[candidate.ask.task.name] else ""
+
+
+# In the order in which they are asked.
+RULES: dict[str, Callable[[Selector, _Candidate], str]] = {
+    "length": Selector._length,
+    "text": Selector._text,
+    "language": Selector._language,
+    "label": Selector._label,
+    "copy": Selector._copy,
+    "duplicate": Selector._duplicate,
+    "echo": Selector._echoes,
+}
 
 
 def _texts(record: Record) -> tuple[str, ...]:
@@ -140,36 +215,56 @@ def _parsed(ask: Ask, text: str) -> tuple[dict[str, str], str]:
     value = first_object(text)
     if not isinstance(value, dict):
         return {}, "not JSON"
-    names = ("input",) if ask.strategy == KEEP_OUTPUT else ("input", "output")
+    names = ask.request.schema["required"]
     if set(value) != set(names) or not all(isinstance(value[name], str) for name in names):
         return {}, "does not fit the schema"
-    sides = {name: " ".join(value[name].split()) for name in names}
-    if not all(sides.values()):
+    written = {name: _tidy(value[name]) for name in names}
+    if not all(written.values()):
         return {}, "empty text"
-    return {"output": ask.output, **sides}, ""
+    return {side: written.get(side) or getattr(ask, side) for side in ("input", "output")}, ""
 
 
-def _why_no_text(text: str, own: _Own) -> str:
+def _tidy(text: str) -> str:
+    """Return a text without stray spaces and empty lines."""
+    return "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+
+
+def _why_length(text: str, own: _Own) -> str:
     length = words(text)
     if length < own.shortest:
         return "too short"
-    if length > own.longest:
-        return "too long"
-    if any(0xD800 <= ord(char) <= 0xDFFF or ord(char) < 32 or char == "\ufffd" for char in text):
+    return "too long" if length > own.longest else ""
+
+
+def _why_no_text(text: str, own: _Own) -> str:
+    if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char != "\n") or char == "\ufffd" for char in text):
         return "broken characters"
     if loops(text):
         return "repeats itself"
     if letter_share(text) < own.letters:
         return "too few letters"
+    if (_MARKUP & set(text)) - own.characters:
+        return "markup that the user never writes"
+    return "talks to us instead" if text.casefold().startswith(_PREFACES) else ""
+
+
+def _why_language(text: str, own: _Own) -> str:
     counted = scripts(text)
     if counted and 1 - sum(counted[name] for name in own.scripts) / counted.total() > _FOREIGN_LETTERS:
         return "another script than the user's"
-    if (_MARKUP & set(text)) - own.characters:
-        return "markup that the user never writes"
-    if text.casefold().startswith(_PREFACES):
-        return "talks to us instead"
-    return ""
+    spoken = languages(text)
+    strange = max(spoken.values()) - max(spoken[name] for name in own.languages) > _FOREIGN_NATS
+    return "another language than the user's" if strange else ""
 
 
-def _why_no_label(task: Task, output: str) -> str:
-    return "" if not task.labels or output in task.labels else "label outside the set"
+def _languages(texts: Sequence[str]) -> frozenset[str]:
+    """Return the language of all texts together, and those of texts that are plainly in another one."""
+    everything = languages(" ".join(texts))
+    main = max(everything, key=lambda name: everything[name])
+    found = {main}
+    for text in texts:
+        spoken = languages(text)
+        best = max(spoken, key=lambda name: spoken[name])
+        if spoken[best] - spoken[main] > _FOREIGN_NATS:
+            found.add(best)
+    return frozenset(found)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
+
+from cdcda_export.errors import MissingDependency
 
 _WORD = re.compile(r"\w+")
 _STUTTER = re.compile(r"(.{1,40}?)\1{4,}", re.DOTALL)
@@ -48,6 +51,23 @@ def contained(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]
     return len(one & other) / len(one) if one else 0.0
 
 
+def farthest_first(sets: Sequence[frozenset[tuple[str, ...]]], count: int) -> list[int]:
+    """Return which of the sets to take so that they are spread out: the first, then always the one whose nearest chosen one is farthest.
+
+    Greedy max-min diversification (Gonzalez 1985), with one minus the overlap as the distance; the earlier wins where two are equal.
+    """
+    chosen: list[int] = []
+    nearest = [0.0] * len(sets)
+    left = list(range(len(sets)))
+    while left and len(chosen) < count:
+        best = min(left, key=lambda index: (nearest[index], index))
+        left.remove(best)
+        chosen.append(best)
+        for index in left:
+            nearest[index] = max(nearest[index], jaccard(sets[index], sets[best]))
+    return chosen
+
+
 def loops(text: str) -> bool:
     """Say whether a text turns in circles: the same three words three times, or anything five times in a row."""
     units = normalized(text).split()
@@ -63,6 +83,19 @@ def _script(char: str) -> str:
 def scripts(text: str) -> Counter[str]:
     """Count the letters of a text by their script (``LATIN``, ``CYRILLIC``, ``CJK``)."""
     return Counter(_script(char) for char in text if char.isalpha())
+
+
+def languages(text: str) -> dict[str, float]:
+    """Return how likely a text is in each of about a hundred languages: log likelihoods in nats, by ISO 639 code.
+
+    Raises:
+        MissingDependency: py3langid is not installed.
+    """
+    try:
+        import py3langid
+    except ImportError:
+        raise MissingDependency("py3langid", "train") from None
+    return {str(name): float(value) for name, value in py3langid.rank(text)}
 
 
 def letter_share(text: str) -> float:

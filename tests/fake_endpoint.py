@@ -41,11 +41,18 @@ def failure(status: int, message: str = "no", headers: Headers | None = None, **
 def invent(body: dict[str, Any]) -> Reply:
     """Answer any request of ours with a valid record whose words depend on the request alone."""
     state = hashlib.sha256(json.dumps([body["messages"], body["seed"]]).encode()).hexdigest()
-    shapes = json.loads(next(m["content"] for m in reversed(body["messages"]) if m["role"] == "assistant"))
+    wanted = body["response_format"]
+    properties = wanted.get("json_schema", wanted)["schema"]["properties"]
     letters = str.maketrans("0123456789abcdef", "bdfgklmnprstaeio")
     pieces = [state[i : i + 5].translate(letters) for i in range(0, 60, 5)]
-    record = {"input": " ".join(pieces), "output": " ".join(reversed(pieces[:4]))}
-    return chat(json.dumps({name: record[name] for name in shapes}))
+    texts = {"input": " ".join(pieces), "plain": " ".join(pieces[3:7])}
+    made: dict[str, Any] = {name: texts.get(name, " ".join(reversed(pieces[:4]))) for name in properties}
+    for name, kind in properties.items():
+        if kind["type"] == "array":
+            made[name] = pieces[:2]
+        elif "enum" in kind:
+            made[name] = kind["enum"][int(state[:4], 16) % len(kind["enum"])]
+    return chat(json.dumps(made))
 
 
 class FakeEndpoint:

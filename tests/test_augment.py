@@ -23,7 +23,8 @@ from cdcda_export.progress import Silent
 from cdcda_mobile.augment import AugmentResult, augment
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import KEEP_OUTPUT, PAIR, Planner, Proportion
+from cdcda_mobile.held_out import HeldOut
+from cdcda_mobile.prompts import Planner, Proportion
 from cdcda_mobile.select import Selector, first_object
 from cdcda_mobile.textual import grams, jaccard, loops, normalized, words
 from fake_endpoint import FakeEndpoint, Reply, chat, failure, invent, serving
@@ -52,6 +53,15 @@ def records(start: int, count: int, ratings: int = 3) -> tuple[Record, ...]:
 TRAIN, HELD_OUT = records(0, 40), records(40, 15)
 
 
+def plain(keep: int = 12, **more: Any) -> AugmentConfig:
+    """A configuration that keeps every candidate, in whatever language the endpoint invents, and asks for no style card."""
+    return AugmentConfig(**{"keep": keep, "pool": 1.0, "style": False, "without": ["language"], **more})
+
+
+def planner(train: tuple[Record, ...] = TRAIN, held_out: tuple[Record, ...] = HELD_OUT, weak: bool = False, **more: Any) -> Planner:
+    return Planner(train, HeldOut(held_out), plain(**more), 1, inputs_only=weak)
+
+
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
@@ -71,7 +81,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = TeacherConfig(base_url=endpoint.url, **{"retries": 2, **teacher})
     return augment(
-        train, held_out, "42", config or AugmentConfig(keep=12), wanted, folder / "no.gguf", seed, folder / "stage.partial",
+        train, held_out, "42", config or plain(), wanted, folder / "no.gguf", seed, folder / "stage.partial",
         folder / "answers.jsonl", progress or Silent(),
     )  # fmt: skip
 
@@ -93,10 +103,10 @@ def test_records_are_kept_in_the_users_proportions_and_written_down(tmp_path: Pa
     rows = [json.loads(line) for line in stage(tmp_path)["kept.jsonl"].splitlines()]
     assert len(rows) == len(result.kept) == 12
     assert set(rows[0]) == {"id", "date", "task", "input", "output", "strategy", "request"}
-    assert {row["strategy"] for row in rows} == {KEEP_OUTPUT, PAIR}
+    assert {row["strategy"] for row in rows} == {"counterpart", "new"}
     assert 2 <= Counter(row["task"] for row in rows)["rating"] <= 6
     own_outputs = {r.output for r in TRAIN}
-    assert all((row["output"] in own_outputs) == (row["strategy"] == KEEP_OUTPUT) for row in rows)
+    assert all((row["output"] in own_outputs) == (row["strategy"] == "counterpart") for row in rows)
     rejected = [json.loads(line) for line in stage(tmp_path)["rejected.jsonl"].splitlines()]
     assert rejected and all(row["reason"] == "not JSON" and row["text"] == "I would rather not." for row in rejected)
     logged = {json.loads(line)["key"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()}
@@ -132,7 +142,7 @@ def test_one_slow_answer_leaves_no_thread_idle_and_little_is_asked_for_nothing(t
         return invent(body)
 
     with serving(first_is_slow) as endpoint:
-        result = run(endpoint, tmp_path, AugmentConfig(keep=12), concurrency=2)
+        result = run(endpoint, tmp_path, plain(), concurrency=2)
     assert in_time == [True] and len(result.kept) == 12
     assert len(endpoint.requests) - result.requests <= 1
 
@@ -171,8 +181,8 @@ def test_an_interrupted_run_pays_nothing_twice_and_ends_the_same(tmp_path: Path,
 JOB = """
 import sys
 from pathlib import Path
-from test_augment import AugmentConfig, Endpoint, Silent, run
-run(Endpoint(sys.argv[1]), Path(sys.argv[2]), AugmentConfig(keep=12), concurrency=2)
+from test_augment import plain, Endpoint, Silent, run
+run(Endpoint(sys.argv[1]), Path(sys.argv[2]), plain(), concurrency=2)
 """
 
 
@@ -207,7 +217,7 @@ def test_no_held_out_text_is_in_any_prompt_and_no_user_id(tmp_path: Path) -> Non
     quoting = Record("q", "2024-01-01", "headline", f"She wrote: {HELD_OUT[1].input}. And left.", "some other words entirely here")
     same_input = replace(TRAIN[1], id="s", input=HELD_OUT[2].input.upper() + "!")
     with serving() as endpoint:
-        run(endpoint, tmp_path, AugmentConfig(keep=40), train=(*TRAIN, quoting, same_input))
+        run(endpoint, tmp_path, plain(40), train=(*TRAIN, quoting, same_input))
     assert len(endpoint.requests) >= 40
     held = {normalized(text) for r in HELD_OUT for text in (r.input, r.output) if len(text.split()) > 1}
     assert len(held) > 20
@@ -229,7 +239,7 @@ def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         result = run(endpoint, tmp_path)
         endpoint.answer = lambda body: failure(401, f"wrong key {SECRET}")
         with pytest.raises(TeacherError) as caught:
-            run(endpoint, tmp_path, AugmentConfig(keep=30))
+            run(endpoint, tmp_path, plain(30))
     assert SECRET in endpoint.authorizations[0]
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert SECRET not in written + json.dumps(result.metrics()) + str(caught.value) + str(caught.value.__cause__)
@@ -270,7 +280,7 @@ def test_attempts_are_limited(tmp_path: Path) -> None:
     progress = Silent()
     good = [None]
     with serving(lambda body: invent(body) if good and not good.pop() else chat("{}")) as endpoint:
-        result = run(endpoint, tmp_path, AugmentConfig(keep=4, max_attempts=3), progress)
+        result = run(endpoint, tmp_path, plain(4, max_attempts=3), progress)
     assert result.requests == len(endpoint.requests) == 12
     assert len(result.kept) == 1
     assert "Only 1 of 4" in progress.warnings[0] and "12 requests" in progress.warnings[0]
@@ -314,7 +324,7 @@ def test_proportions_hold_at_every_length() -> None:
 
 
 def test_a_request_does_not_depend_on_the_ones_before() -> None:
-    forward, once = (Planner(TRAIN, HELD_OUT, AugmentConfig(), 1, inputs_only=False) for _ in range(2))
+    forward, once = (planner() for _ in range(2))
     asks = [forward.ask(k) for k in range(30)]
     assert once.ask(29) == asks[29]
     assert len({ask.request.key("m") for ask in asks}) == 30
@@ -322,10 +332,10 @@ def test_a_request_does_not_depend_on_the_ones_before() -> None:
 
 
 def test_a_weak_teacher_is_asked_for_inputs_to_every_real_output_in_turn() -> None:
-    planner = Planner(TRAIN, (), AugmentConfig(), 1, inputs_only=True)
-    asks = [ask for ask in (planner.ask(k) for k in range(60)) if ask.task.name == "headline"]
+    weak = planner(held_out=(), weak=True)
+    asks = [ask for ask in (weak.ask(k) for k in range(60)) if ask.task.name == "headline"]
     headlines = [r for r in TRAIN if r.task == "headline"]
-    assert {ask.strategy for ask in asks} == {KEEP_OUTPUT}
+    assert {ask.strategy for ask in asks} == {"counterpart"}
     assert {ask.output for ask in asks[: len(headlines)]} == {r.output for r in headlines}
     for ask in asks:
         assert len(ask.examples) == 3
@@ -335,27 +345,28 @@ def test_a_weak_teacher_is_asked_for_inputs_to_every_real_output_in_turn() -> No
 
 
 def test_labels_follow_the_users_mix_with_examples_of_the_same_label() -> None:
-    planner = Planner([r for r in TRAIN if r.task == "rating"], (), AugmentConfig(), 1, inputs_only=False)
-    asks = [planner.ask(k) for k in range(28)]
+    rated = planner(tuple(r for r in TRAIN if r.task == "rating"), ())
+    asks = [rated.ask(k) for k in range(28)]
     own = Counter(r.output for r in TRAIN if r.task == "rating")
     assert Counter(ask.output for ask in asks) == {label: 2 * n for label, n in own.items()}
-    assert all(ask.examples[-1].output == ask.output for ask in asks)
+    assert all(f"with the score `{ask.output}`" in ask.request.messages[-1]["content"] for ask in asks)
 
 
 def test_one_record_alone_and_long_ones_can_be_asked_with() -> None:
     alone = replace(TRAIN[1], input=" ".join(["long"] * 5000))
-    ask = Planner([alone], (), AugmentConfig(), 1, inputs_only=True).ask(0)
-    assert ask.strategy == PAIR and ask.examples == (alone,)
-    assert len(ask.request.messages[2]["content"].split()) < 150
-    assert ask.request.max_tokens <= AugmentConfig().max_tokens
+    for weak in (False, True):
+        ask = planner((alone,), (), weak).ask(0)
+        assert ask.strategy == "counterpart" and ask.examples == (alone,)
+        assert len(json.dumps(ask.request.messages).split()) < 250
+        assert ask.request.max_tokens <= AugmentConfig().max_tokens
 
 
 # What is kept.
 
-ASKS = Planner(TRAIN, HELD_OUT, AugmentConfig(), 1, inputs_only=False)
-KEEP = next(ask for ask in map(ASKS.ask, range(20)) if ask.strategy == KEEP_OUTPUT and not ask.task.labels)
-BOTH = next(ask for ask in map(ASKS.ask, range(20)) if ask.strategy == PAIR)
-UNSHOWN = next(r for r in TRAIN if r.task == "headline" and r not in KEEP.examples)
+ASKS = planner(examples=4)
+KEEP = next(ask for ask in map(ASKS.ask, range(20)) if ask.strategy == "counterpart" and not ask.task.labels)
+BOTH = next(ask for ask in map(ASKS.ask, range(20)) if ask.strategy == "new")
+UNSHOWN = next(r for r in TRAIN if r.task == "headline" and r not in (*KEEP.examples, *BOTH.examples))
 HELD = next(r for r in HELD_OUT if r.task == "headline")
 GOOD, SHORT = sentence(7777), sentence(8888, 5)
 
@@ -453,7 +464,7 @@ def test_texts_in_other_scripts_are_measured_too() -> None:
 def test_the_embedded_teacher_gives_records_and_a_second_run_starts_nothing(tmp_path: Path) -> None:
     def once() -> AugmentResult:
         return augment(
-            TRAIN, HELD_OUT, "42", AugmentConfig(keep=4), TeacherConfig(), default_base(), 0, tmp_path / "stage.partial",
+            TRAIN, HELD_OUT, "42", AugmentConfig(keep=4, pool=1.0), TeacherConfig(), default_base(), 0, tmp_path / "stage.partial",
             tmp_path / "answers.jsonl", Silent(),
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ _SENSITIVE = (
     r"|nonce)"
 )
 _LINK = re.compile(
-    r"\b[a-z][a-z0-9+.-]*://[^\s/@\"'<>]*@[^\s\"'<>]+"  # with a name or a password before the host
+    r"\b[a-z][a-z0-9+.-]{1,15}://[^\s/@\"'<>]*@[^\s\"'<>]+"  # with a name or a password before the host
     rf"|\bhttps?://[^\s\"'<>?#]+[?#](?:[^\s\"'<>]*[&;])?{_SENSITIVE}=[^\s\"'<>]+"
     r"|\bhttps?://[^\s\"'<>]+/~[\w.-]+[^\s\"'<>]*"
     r"|\bhttps?://(?:hooks\.slack\.com/services|(?:canary\.|ptb\.)?discord(?:app)?\.com/api/webhooks|api\.telegram\.org/bot"

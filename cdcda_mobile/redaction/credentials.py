@@ -42,17 +42,18 @@ _KEY = (
     r"secret(?:[ _-]?(?:access)?[ _-]?key)?|api[ _-]?(?:key|token|secret)|(?:access|auth|encryption|signing|private|license|account"
     r"|shared|master|client|consumer|session|service|webhook|deploy|refresh"
     r"|bearer|id|csrf|bot|app)[ _-]?(?:access[ _-]?)?(?:key|token|secret)(?:[ _-]?id)?|token|credentials?|creds|connection[ _-]?string"
-    r"|database[ _-]?url|dsn|[\w-]*_key|cookie|session[ _-]?id|apikey"
+    r"|database[ _-]?url|dsn|cookie|session[ _-]?id|apikey"
     r"|key"
 )
 _IS = r"[\"'`)\]]{0,2}\s?(?:[:=：]|=>|:=|\bis\b|\bwas\b|\bist\b|\blautet\b|\best\b|\bes\b|是|为)(?:\s?(?:now|still|to)\b)?\s*"
 _QUOTED = r"\"(?P<{0}double>[^\"\n]{{3,}})\"|'(?P<{0}single>[^'\n]{{3,}})'|`(?P<{0}tick>[^`\n]{{3,}})`|“(?P<{0}curly>[^”\n]{{3,}})”"
 _PLAIN = r"(?P<{0}plain>[^\s\"'`“”,;<>]{{3,}}(?<![.!?)\]}}:]))"
 _NAMED_PASSWORD = re.compile(
-    rf"(?<![A-Za-z])(?:[A-Za-z\d]+[_.-])*(?:{_PASSWORD})(?P<link>{_IS})(?:{_QUOTED.format('')}|{_PLAIN.format('')})", re.IGNORECASE
+    rf"(?:(?<![A-Za-z])|(?-i:(?<=[a-z])(?=Pass)))(?:{_PASSWORD})(?P<link>{_IS})(?:{_QUOTED.format('')}|{_PLAIN.format('')})", re.IGNORECASE
 )
 _NAMED_KEY = re.compile(
-    rf"(?<![A-Za-z])(?:[A-Za-z\d]+[_.-])*(?:{_KEY})(?P<link>{_IS})(?:{_QUOTED.format('')}|{_PLAIN.format('')})", re.IGNORECASE
+    rf"(?:(?<![A-Za-z])|(?-i:(?<=[a-z])(?=Key|Token|Secret)))(?:{_KEY})(?P<link>{_IS})(?:{_QUOTED.format('')}|{_PLAIN.format('')})",
+    re.IGNORECASE,
 )
 _FLAG = re.compile(
     r"(?<!\w)--?(?:password|passwd|pass|token|secret|api-?key|auth)[ =][\"']?(?P<value>[^\s\"'-][^\s\"']{2,})", re.IGNORECASE
@@ -170,6 +171,9 @@ def looks_random(token: str) -> bool:
     if not runs:
         return len(words) == 1 and changes >= 0.38 and len("".join(small)) < 2.5 * len(small)
     mixed = len(set(kinds)) == 3
+    vowels = sum(char in "aeiouAEIOU" for char in solid) / max(1, sum(char.isalpha() for char in solid))
+    if mixed and changes >= 0.33 and vowels < 0.25:
+        return True
     if len(words) == 1 and runs >= 2 and changes >= (0.33 if mixed else 0.1):
         return True
     return changes >= 0.33 and len("".join(small)) < 3 * len(small) if mixed else runs >= 4 and changes >= 0.3

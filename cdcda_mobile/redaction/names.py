@@ -93,7 +93,7 @@ _PATTERNS = tuple(
         rf"(?<!\w){_TITLE}\.?\s(?:(?:{_TITLE}\.?|[A-Z]\.)\s)*(?P<name>(?:{_PARTICLE})?{_NAME})",
         rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Mm]eine?|[Uu]nsere?|[Mm]on|[Mm]a|[Mm]i"
         rf"|[Mm]ein)\s(?:[a-zäöü-]+\s)?{_KIN},?\s(?:(?:is\s|was\s)?(?:named|called|heißt|namens|s['’]appelle)\s)?(?P<name>{_NAME})",
-        rf"(?P<name>{_NAME}),?\s\(?(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Mm]eine?|[Mm]on|[Mm]a)\s(?:[a-z-]+\s)?{_KIN}\b",
+        rf"(?<!\w)(?P<name>{_NAME}),?\s\(?(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Mm]eine?|[Mm]on|[Mm]a)\s(?:[a-z-]+\s)?{_KIN}\b",
         rf"\b(?:[Mm]y name is|[Mm]y name['’]s|[Nn]ame['’]s|[Cc]all me|[Nn]amed|[Cc]alled|[Ii]ch hei(?:ß|ss)e|[Mm]ein Name ist"
         rf"|[Jj]e m['’]appelle|[Mm]e llamo|[Mm]i nombre es|[Mm]i chiamo|[Ff]ull name:?|[Nn]ame:|[Cc]ontact:|[Aa]ttn:?|[Ss]igned:?"
         rf"|[Pp]atient:?"
@@ -107,7 +107,7 @@ _PATTERNS = tuple(
         rf"|[Cc]ordiali saluti)[,.!]*\s{{1,3}}|(?:^|[.!?]\s|\n)(?:--?|—|–)\s?|\s[—–]\s?|[.!?,]\s?\n)(?P<name>{_NAME})\.?\s*(?:$|\n)",
         rf"(?:\b(?:From|To|Cc|CC|Bcc|Reply-To|Author|Signed-off-by|Co-authored-by|Reviewed-by|Tested-by|Acked-by|Reported-by"
         rf"|Suggested-by)\s?:\s?)(?P<name>{_NAME})",
-        rf"(?P<name>{_NAME})\s?<[^<>\s]+@[^<>\s]+>",
+        rf"(?<!\w)(?P<name>{_NAME})\s?<[^<>\s]+@[^<>\s]+>",
         rf"(?:^|[.!?]\s)(?P<name>{_NAME})(?=\s(?:wrote|schrieb|a écrit|escribió)\s?:)",
         r"(?<![\u4e00-\u9fff])(?:我叫|我是|联系人[:：]?|收件人[:：]?|姓名[:：]?)(?P<name>[\u4e00-\u9fff]{2,4})(?![\u4e00-\u9fff])",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,6 @@ from cdcda_mobile.redaction.contacts import contacts
 from cdcda_mobile.redaction.credentials import credentials
 from cdcda_mobile.redaction.names import NameFinder, capitalised, mailbox_names, parts, plain_names
 from cdcda_mobile.redaction.spans import KINDS, Span, merged
-from cdcda_mobile.select import first_object
 from cdcda_mobile.tasks import get_task
 
 _KIND = "|".join(KINDS)
@@ -51,12 +49,18 @@ class Redactor:
         self._mentions: re.Pattern[str] | None = None
         self._folded: re.Pattern[str] | None = None
         self._kinds: dict[str, str] = {}
+        self._lower: dict[str, str] = {}
         texts = [text for record in records for text in _free_texts(record)]
         self._own = frozenset(match[0] for text in texts for match in _INVENTED.finditer(text))
         self._found = dict(zip(texts, self._detected(texts), strict=True))
         self._learn(texts)
         for text in texts:
             self.redact(text)
+
+    @property
+    def finds_names(self) -> bool:
+        """Say whether more than the plain rules finds names."""
+        return self._names is not None
 
     @property
     def label(self) -> str:
@@ -94,19 +98,6 @@ class Redactor:
         """Return what :meth:`redact_record` was given."""
         return replace(record, input=self.restore(record.input), output=self.restore(record.output))
 
-    def restore_answer(self, text: str) -> tuple[str, str]:
-        """Restore a teacher's JSON answer inside its strings, whatever quotes and line breaks the values hold.
-
-        Returns:
-            The answer, and '' or why it cannot become a record.
-        """
-        if self.unknown(text):
-            return text, "a placeholder that stands for nothing"
-        value = first_object(text)
-        if not isinstance(value, dict):
-            return text, ""
-        return json.dumps({k: self.restore(v) if isinstance(v, str) else v for k, v in value.items()}, ensure_ascii=False), ""
-
     # Finding.
 
     def _detected(self, texts: Sequence[str]) -> list[list[Span]]:
@@ -142,7 +133,7 @@ class Redactor:
         # Who writes without capitals writes names so too.
         pattern = self._folded if text == text.lower() else self._mentions
         for match in pattern.finditer(text) if pattern else ():
-            yield Span(*match.span(), self._kinds.get(match[0]) or self._lower[match[0].casefold()])
+            yield Span(*match.span(), self._kinds.get(match[0]) or self._lower.get(match[0].casefold(), "NAME"))
 
     def _placeholder(self, value: str, kind: str) -> str:
         known = self._placeholders.get(value)
@@ -154,7 +145,7 @@ class Redactor:
 
 
 def _plain(text: str) -> Iterator[Span]:
-    for find in (contacts, accounts, credentials, addresses, plain_names):
+    for find in (accounts, credentials, contacts, addresses, plain_names):
         yield from find(text)
 
 

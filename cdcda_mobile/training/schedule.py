@@ -74,20 +74,29 @@ class Schedule:
         self.config, self.seed = config, order.seed
         self.phases = _phases(order)
         self.steps_per_epoch = sum(self._steps(phase) for phase in self.phases)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.evaluate_every = max(1, math.ceil(self.steps_per_epoch / max(1, config.evaluations_per_epoch)))
+        self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
+        self._ends = self._phase_ends()
+        self.evaluate_every = config.evaluate_every or max(1, math.ceil(self.steps_per_epoch / max(1, config.evaluations_per_epoch)))
         self.tokens = sum(len(row.ids) for phase in self.phases for row in phase.rows)
 
     def _steps(self, phase: _Phase) -> int:
         return math.ceil(len(phase.rows) / self.config.batch_size)
 
+    def _phase_ends(self) -> list[int]:
+        """Return the step at which each phase is over; each has its share of the steps, as its records have of all."""
+        ends, done = [], 0
+        for phase in self.phases:
+            done += self._steps(phase)
+            ends.append(round(self.total_steps * done / self.steps_per_epoch))
+        return ends
+
     def _place(self, step: int) -> tuple[int, int]:
         """Return the phase of a step, and which of the phase's steps it is."""
-        for index, phase in enumerate(self.phases):
-            steps = self._steps(phase) * self.config.epochs
-            if step < steps:
-                return index, step
-            step -= steps
+        begin = 0
+        for index, end in enumerate(self._ends):
+            if step < end:
+                return index, step - begin
+            begin = end
         raise IndexError(step)
 
     def batch(self, step: int) -> list[Row]:

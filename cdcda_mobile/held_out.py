@@ -1,0 +1,41 @@
+"""What must never reach a prompt: the texts of validation and test records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cdcda_mobile.history import Record
+from cdcda_mobile.textual import normalized
+
+_LEAK_WORDS = 5  # shorter texts, such as "4" or "fix typo", recur by chance
+
+
+class HeldOut:
+    """Recognises held-out texts, whatever their case, punctuation and spacing.
+
+    Args:
+        records: validation and test records.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        texts = {normalized(text) for record in records for text in (record.input, record.output)}
+        self._secrets = tuple(sorted(text for text in texts if len(text.split()) >= _LEAK_WORDS))
+        self._exact = {(record.task, normalized(record.input)) for record in records}
+
+    def shown_in(self, text: str) -> bool:
+        """Say whether a held-out text stands in a text."""
+        framed = f" {normalized(text)} "
+        return any(f" {secret} " in framed for secret in self._secrets)
+
+    def stands_in(self, task: str, text: str) -> bool:
+        """Say whether a text of a task is a held-out input, or holds a held-out text."""
+        return (task, normalized(text)) in self._exact or self.shown_in(text)
+
+    def repeated_by(self, record: Record) -> bool:
+        """Say whether a training record repeats a held-out text."""
+        return self.stands_in(record.task, record.input) or self.shown_in(record.output)
+
+    def assert_not_shown(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Hold the rule that no held-out text is ever shown to the teacher."""
+        if any(self.shown_in(message["content"]) for message in messages):
+            raise AssertionError("a held-out text stands in a request to the teacher")
