@@ -112,7 +112,7 @@ _SHAPES = re.compile(
     r"|(?:DE|GB|FR|IT|ES|AT|NL|BE|PL|SE)U?[ ]?\d{8,12}(?:B\d\d)?"  # European VAT
     r")(?![\w-])"
 )
-_AADHAAR = re.compile(rf"(?<![\d{SPACES}{DASHES}])[2-9]\d{{3}}([{SPACES}{DASHES}])\d{{4}}\1\d{{4}}(?![{SPACES}{DASHES}]?\d)")
+_AADHAAR = re.compile(rf"(?<!\d)(?<!\d[{SPACES}{DASHES}])[2-9]\d{{3}}([{SPACES}{DASHES}])\d{{4}}\1\d{{4}}(?![{SPACES}{DASHES}]?\d)")
 _VIN = re.compile(r"\b(?=[A-Z\d]*\d)(?=[A-Z\d]*[A-Z]{2})[A-HJ-NPR-Z\d]{11}\d{6}\b")
 
 _WALLET = re.compile(
@@ -190,7 +190,11 @@ def _is_number(match: re.Match[str]) -> bool:
 def _is_plain_number(match: re.Match[str]) -> bool:
     value = match["value"]
     lettered = any(char.isalpha() for char in value)
-    return len(digits(value)) >= (4 if lettered else 6) and bool(lettered or match["strong"]) and not _DATED.match(value)
+    return (
+        len(digits(value)) >= (4 if lettered else 6)
+        and bool(lettered or match["strong"])
+        and not (_DATED.match(value) and not re.search(r"nummer|number|nr", match[0][: -len(value)], re.IGNORECASE))
+    )
 
 
 def _is_near(match: re.Match[str]) -> bool:

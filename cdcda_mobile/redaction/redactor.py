@@ -87,7 +87,7 @@ class Redactor:
     def unknown(self, text: str) -> list[str]:
         """Return the placeholders in an answer that stand for nothing."""
         strange = [match[0] for match in _PLACEHOLDER.finditer(text) if _canonical(match) not in self._values]
-        return strange + [match[0] for match in _INVENTED.finditer(text) if match[0] not in self._own and match[0] not in strange]
+        return strange + [match[0] for match in _INVENTED.finditer(text) if match[0] not in (*self._own, *self._values, *strange)]
 
     def redact_record(self, record: Record) -> Record:
         """Return a record as the teacher may see it; labels and scores stay as they are."""
