@@ -169,7 +169,7 @@ def looks_random(token: str) -> bool:
         return False  # words with hyphens, not a string that happens to hold one
     small = re.findall(r"[a-z]+", solid)
     if not runs:
-        return len(words) == 1 and changes >= 0.38 and len("".join(small)) < 2.5 * len(small)
+        return (len(words) == 1 or "+" in token) and changes >= 0.38 and len("".join(small)) < 2.5 * len(small)
     mixed = len(set(kinds)) == 3
     vowels = sum(char in "aeiouAEIOU" for char in solid) / max(1, sum(char.isalpha() for char in solid))
     if mixed and changes >= 0.33 and vowels < 0.25:
