@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cdcda_export.base import default_base
+from cdcda_export.errors import TeacherError
 from cdcda_export.progress import Silent
 from cdcda_mobile.augment import augment
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
@@ -45,12 +46,12 @@ class Stopwatch(Silent):
 
     def __init__(self) -> None:
         super().__init__()
-        self.judged = 0.0
+        self.judged, self.count = 0.0, 0
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Note the time; the first call, with nothing in it, only opens the bar."""
+        """Note the time; the first call, without a note, only opens the bar."""
         if note:
-            self.judged = time.monotonic()
+            self.judged, self.count = time.monotonic(), self.count + 1
 
 
 class Watched:
@@ -75,8 +76,8 @@ class Watched:
 class Bench:
     """One model, one user, one server program."""
 
-    def __init__(self, model: Path, server: Path, keep: int) -> None:
-        self.model, self.server, self.config = model, server, AugmentConfig(keep=keep)
+    def __init__(self, model: Path, server: Path, keep: int, most: int) -> None:
+        self.model, self.server, self.config, self.most = model, server, AugmentConfig(keep=keep), most
         history = HistoryConfig()
         split = split_by_time(read_history(USER, history), history)
         self.train: tuple[Record, ...] = tuple(split.train)
@@ -91,18 +92,21 @@ class Bench:
             try:
                 local.start()
                 watched = Watched(local)
-                teacher, place = TeacherConfig(concurrency=slots), Path(folder)
-                result = augment(
+                teacher, place = TeacherConfig(concurrency=slots, max_requests=self.most), Path(folder)
+                augment(
                     self.train, self.held_out, USER, self.config, teacher, self.model, SEED, place / "stage", place / "answers.jsonl",
                     watch, watched,
                 )  # fmt: skip
+            except TeacherError:
+                if watch.count < self.most:  # else a small model wrote nothing that could be kept, which is not what is measured
+                    raise
             finally:
                 local.close()
         self.requests = [request for _, request in watched.asked]
         seconds = watch.judged - watched.asked[0][0]
         tokens = sum(count for moment, count in watched.arrivals if moment <= watch.judged)
-        needless = len(watched.asked) - result.requests
-        return {"tokens_per_s": tokens / seconds, "tokens": tokens, "seconds": seconds, "judged": result.requests, "needless": needless}
+        needless = len(watched.asked) - watch.count
+        return {"tokens_per_s": tokens / seconds, "tokens": tokens, "seconds": seconds, "judged": watch.count, "needless": needless}
 
     def saturated(self, slots: int) -> dict[str, Any]:
         """Measure llama.cpp's server with every slot taken."""
@@ -179,7 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair, few answers")
     parser.add_argument("--model", type=Path, default=None, metavar="FILE", help="GGUF of the teacher (default: the base model)")
     parser.add_argument("--slots", type=int, default=0, metavar="N", help="default: what the pipeline takes")
-    parser.add_argument("--keep", type=int, default=0, metavar="N", help="records to keep (default: 96, quick: 20)")
+    parser.add_argument("--keep", type=int, default=0, metavar="N", help="records to keep (default: 96, quick: 12)")
     parser.add_argument("--pairs", type=int, default=3, metavar="N")
     parser.add_argument("--sweep", type=int, nargs="+", default=[], metavar="N", help="also measure the server with these numbers of slots")
     arguments = parser.parse_args()
@@ -187,13 +191,14 @@ def main() -> None:
     if server is None:
         parser.exit(1, f"There is no llama-server here; run `{BUILD_COMMAND}`.\n")
     slots, pairs = arguments.slots or slots_of(TeacherConfig()), 1 if arguments.quick else arguments.pairs
-    bench = Bench(arguments.model or default_base(), server, arguments.keep or (20 if arguments.quick else 96))
+    keep, most = (12, 16) if arguments.quick else (96, 200)
+    bench = Bench(arguments.model or default_base(), server, arguments.keep or keep, most)
     load_before = os.getloadavg()[0]
     ours, saturated, python = [], [], []
     for _ in range(pairs):
         ours.append(bench.pipeline(slots))
         saturated.append(bench.saturated(slots))
-        python.append(bench.python_server(6 if arguments.quick else 16))
+        python.append(bench.python_server(4 if arguments.quick else 16))
     sweep = [bench.saturated(number) for number in arguments.sweep]
     rows = [("augment", ours), ("saturated", saturated), ("llama-cpp-python's server", python)]
     print_table(["", "median tokens/s"], [[n, median(s)] for n, s in rows] + [[f"{n['slots']} slots", n["tokens_per_s"]] for n in sweep])

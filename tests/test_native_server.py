@@ -382,12 +382,12 @@ def test_augmentation_with_the_real_server_and_a_second_run_starts_nothing(
 
     def once() -> tuple[Any, bytes]:
         result = augment(
-            tuple(split.train), (*split.validation, *split.test), "42", AugmentConfig(keep=4), TeacherConfig(), default_base(), 0,
+            tuple(split.train), (*split.validation, *split.test), "42", AugmentConfig(keep=2), TeacherConfig(), default_base(), 0,
             tmp_path / "stage.partial", tmp_path / "answers.jsonl", Silent(),
         )  # fmt: skip
         return result, (tmp_path / "stage.partial" / "kept.jsonl").read_bytes()
 
     first, written = once()
-    assert first.embedded and len(first.kept) == 4
+    assert first.embedded and len(first.kept) == 2
     second, again = once()
     assert second.paid_requests == 0 and again == written
