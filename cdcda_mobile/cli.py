@@ -47,6 +47,13 @@ examples:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, with a suggestion for a mistyped flag."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse here what is unknown: a verb's own flags are nearer to a mistyped one than those of ``cdcda``."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            self.error("unrecognized arguments: " + " ".join(rest))
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
             wrong = message.split(":", 1)[1].split()[0]
@@ -165,6 +172,37 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run)
 
 
+_EVAL_EXAMPLES = """\
+examples:
+  cdcda eval --user 42                             base, rule, retrieval, real records only, CDCDA; each also quantized
+  cdcda eval --users all --seeds 3                 the same over users, with paired intervals
+  cdcda eval --users all --warm-start DIR          on top of a shared adapter, and that adapter alone
+  cdcda eval --user 42 --canary                    does the model give planted secrets back?
+"""
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --user ID [options]\n       {parser.prog} --users FILE|all [options]"
+    parser.description = "Measure the personal model against what is cheaper, on held-out records.\n\n" + _EVAL_EXAMPLES
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--arms", default="", metavar="LIST", help="comma-separated; the last one is compared with all others")
+    what.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each arm (default: 1)")
+    what.add_argument("--canary", action="store_true", help="plant secrets in a copy of the training records and ask the artifact for them")
+    what.add_argument("--predictions", type=Path, metavar="DIR", help="write answers to LaMP's questions in its own format")
+    _add_section(parser, "export", "artifact")
+    _add_common(parser, user=False)
+    parser.add_argument_group("many users (instead of --user)").add_argument(
+        "--users", metavar="FILE|all", help="a file with one id per line, or all"
+    )
+
+    def run(arguments: argparse.Namespace) -> int:
+        from cdcda_mobile.eval_command import evaluate
+
+        return evaluate(arguments, _configs(arguments))
+
+    parser.set_defaults(function=run)
+
+
 def _chat(arguments: argparse.Namespace) -> None:
     from cdcda_mobile.chat import chat
 
@@ -221,6 +259,7 @@ def main_parser() -> argparse.ArgumentParser:
     augment.add_argument("--show-requests", action="store_true", help="print what would be sent to the teacher, as JSON lines, and stop")
     augment.set_defaults(function=_augment)
     _add_train(verbs.add_parser("train", help="train LoRA adapters", formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_eval(verbs.add_parser("eval", help="measure a personal model", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)
     chat = verbs.add_parser("chat", help="talk to an artifact")
     chat.add_argument("path", type=Path, help="a user's run (runs/42) or an artifact's directory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cdcda_export.errors import ConfigError, DataError, UnknownUser
@@ -290,5 +290,5 @@ def check_split(split: Split) -> None:
 
 
 def records_in(path: Path) -> list[Record]:
-    """Return the records of a part of a finished history, such as ``history/test.jsonl``."""
-    return [Record(**row) for row in read_lines(path)]
+    """Return the records of a finished stage, such as ``history/test.jsonl`` or ``augment/kept.jsonl``."""
+    return [Record(**{field.name: row[field.name] for field in fields(Record)}) for row in read_lines(path)]

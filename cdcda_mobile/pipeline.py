@@ -24,6 +24,7 @@ from cdcda_mobile.user_training import UserTraining, train_users
 from cdcda_mobile.workspace import Workspace, write_lines
 
 if TYPE_CHECKING:
+    from cdcda_mobile.evaluation.arms import Person
     from cdcda_mobile.user_export import UserExport
 
 STAGES = ("history", "augment", "adapter", "export")
@@ -199,6 +200,15 @@ class Pipeline:
         self.history = self._timed("history", self.history_stage(self._split()), self._run_history)
         if self.job.augment.keep:
             self.augmented = self._timed("augment", self.augment_stage(self.history), self._run_augment)
+
+    def person(self) -> Person:
+        """Return the user as an experiment takes them, after ``prepare``."""
+        from cdcda_mobile.evaluation.arms import Person
+
+        kept = self.directory / "augment" / "kept.jsonl"
+        made = records_in(kept) if self.augmented else []
+        parts = {name: tuple(self.records(name)) for name in ("train", "validation", "test")}
+        return Person(self.job.user, **parts, synthetic={"selected": tuple(made)} if made else {})
 
     def to_train(self) -> UserTraining:
         """Return the training that follows ``prepare``."""

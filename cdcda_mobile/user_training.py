@@ -15,7 +15,6 @@ from cdcda_export.manifest import Manifest, Stage, sha256_file, sha256_json
 from cdcda_export.progress import Progress
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.history import Record, records_in, text_of
-from cdcda_mobile.workspace import read_lines
 
 if TYPE_CHECKING:
     from cdcda_mobile.training.learner import Trained, TrainResult
@@ -72,8 +71,7 @@ class UserTraining:
 
         encoding = encoding_of(self.base.file)
         train, validation, test = (records_in(self.directory / "history" / f"{name}.jsonl") for name in ("train", "validation", "test"))
-        kept = read_lines(self.directory / "augment" / "kept.jsonl") if self.augmented is not None else []
-        synthetic = [Record(**{k: row[k] for k in ("id", "date", "task", "input", "output")}) for row in kept]
+        synthetic = records_in(self.directory / "augment" / "kept.jsonl") if self.augmented is not None else []
         forbid_leaks(train, synthetic, (*validation, *test))
         if self.config.warm_start:
             forbid_shared_leaks(Path(self.config.warm_start), (*validation, *test), self.user)

@@ -27,6 +27,9 @@ RECIPE = """
 [augment]
 keep = {keep}
 examples = 2
+pool = 1.0
+style = false
+without = ["language"]  # the teacher of the tests speaks none
 
 [teacher]
 retries = 1

@@ -35,7 +35,7 @@ class Cell:
         arm: how the model was made.
         seed: of its training.
         precision: of the artifact.
-        nll: summed over all answer tokens, in nats.
+        nll: summed over all answer tokens, in nats; None for a rule, which gives no probabilities.
         tokens: how many answer tokens.
         metrics: name -> value over the user's test records.
         n: how many test records.
@@ -47,7 +47,7 @@ class Cell:
     arm: str
     seed: int
     precision: str
-    nll: float
+    nll: float | None
     tokens: int
     metrics: dict[str, float]
     n: int
@@ -60,7 +60,9 @@ class Cell:
 
     def value(self, metric: str) -> float | None:
         """Return a metric's value, ``NLL`` per token in nats, or None where the cell does not have it."""
-        return self.nll / self.tokens if metric == NLL else self.metrics.get(metric)
+        if metric == NLL:
+            return None if self.nll is None else self.nll / self.tokens
+        return self.metrics.get(metric)
 
 
 @dataclass(frozen=True)

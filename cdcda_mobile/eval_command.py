@@ -1,0 +1,214 @@
+"""What ``cdcda eval`` does: is the personal model better than what is cheaper, on records that nobody has seen?"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdcda_export.errors import ConfigError
+from cdcda_export.manifest import make_private, write_atomic, write_json
+from cdcda_export.progress import Progress, choose_progress
+from cdcda_mobile.config import TrainConfig
+from cdcda_mobile.export_command import Configs, named_users, print_json, user_job
+from cdcda_mobile.tasks import get_task
+
+if TYPE_CHECKING:
+    from cdcda_export.base import Base
+    from cdcda_mobile.evaluation.arms import Person
+    from cdcda_mobile.evaluation.experiment import Experiment
+    from cdcda_mobile.evaluation.report import Cell
+    from cdcda_mobile.pipeline import Pipeline, UserJob
+
+_PLAIN_ARMS = ("base", "rule", "bm25", "personal", "cdcda")
+_SHARED_ARMS = ("base", "rule", "bm25", "shared", "shared+personal", "shared+cdcda")
+
+
+def evaluate(arguments: argparse.Namespace, configs: Configs) -> int:
+    """Run ``cdcda eval`` and return its exit code.
+
+    Args:
+        arguments: as ``cli.main_parser`` gives them.
+        configs: section -> config dataclass.
+
+    Raises:
+        ConfigError: the arguments exclude each other, or say too little.
+    """
+    if (arguments.user is None) == (arguments.users is None):
+        raise ConfigError("Name whose model to evaluate with --user (samples: 17, 42, 63, 88), or many with --users FILE|all.")
+    if configs["export"].format != "gguf":
+        raise ConfigError("cdcda eval measures GGUF artifacts; leave --format away, and choose the precision with --quant.")
+    from cdcda_export.base import Base
+
+    progress = choose_progress(arguments.quiet)
+    base = Base(arguments.base, progress)
+    users = [arguments.user] if arguments.user is not None else named_users(arguments, configs)
+    jobs = [user_job(arguments, configs, user) for user in users]
+    if arguments.canary:
+        return _ask_for_canaries(jobs, base, arguments, progress)
+    return _compare(jobs, base, arguments, progress)
+
+
+def _prepared(jobs: Sequence[UserJob], base: Base, progress: Progress) -> list[tuple[Pipeline, Person]]:
+    """Run what precedes the training of every user."""
+    from cdcda_mobile.pipeline import Pipeline
+
+    found = []
+    for job in jobs:
+        pipeline = Pipeline(job, progress, base)
+        with pipeline.opened():
+            pipeline.prepare()
+        found.append((pipeline, pipeline.person()))
+    return found
+
+
+def same_budget(people: Sequence[Person], config: TrainConfig) -> TrainConfig:
+    """Return the training that every arm gets: the steps, and the steps between two looks, that the longest arm has by its epochs."""
+    if config.max_steps:
+        return config
+    longest = max(len(p.train) + max((len(made) for made in p.synthetic.values()), default=0) for p in people)
+    steps = math.ceil(longest / config.batch_size)
+    every = config.evaluate_every or max(1, math.ceil(steps / max(1, config.evaluations_per_epoch)))
+    return replace(config, max_steps=steps * config.epochs, evaluate_every=every)
+
+
+def _compare(jobs: Sequence[UserJob], base: Base, arguments: argparse.Namespace, progress: Progress) -> int:
+    from cdcda_mobile.evaluation.experiment import FLOAT, Experiment, Settings
+
+    prepared = _prepared(jobs, base, progress)
+    people = [person for _, person in prepared]
+    folders = {job.user: pipeline.directory / "eval" for job, (pipeline, _) in zip(jobs, prepared, strict=True)}
+    train, export = jobs[0].train, jobs[0].export
+    shared = Path(train.warm_start) if train.warm_start else None
+    arms = _arms(arguments.arms, shared, people)
+    if "cdcda-other" in arms:
+        people = with_others(people)
+    settings = Settings(
+        replace(same_budget(people, train), warm_start=""), shared, (FLOAT, export.resolved_quant), export.answer_tokens, export.max_tokens
+    )
+    for folder in folders.values():
+        make_private(folder)
+    experiment = Experiment(base, people, settings, lambda user: folders[user] / "work", folders.__getitem__, progress)
+    cells = experiment.run(arms, range(jobs[0].seed, jobs[0].seed + arguments.seeds))
+    if arguments.predictions is not None:
+        _write_predictions(experiment, arms, jobs[0].seed, arguments.predictions)
+    out = folders[jobs[0].user] if arguments.user is not None else jobs[0].workspace / "_eval"
+    report = _report(cells, arms, export.resolved_quant)
+    make_private(out)
+    write_json(out / "eval.json", report["json"])
+    write_atomic(out / "eval.md", report["markdown"])
+    if report["svg"]:
+        write_atomic(out / "eval.svg", report["svg"])
+    if arguments.json:
+        print_json(report["json"])
+    else:
+        print(report["markdown"])
+        print(out / "eval.json")
+    return 0
+
+
+def _arms(given: str, shared: Path | None, people: Sequence[Person]) -> list[str]:
+    from cdcda_mobile.evaluation.arms import get_arm
+
+    names = [name.strip() for name in given.split(",") if name.strip()] or list(_SHARED_ARMS if shared else _PLAIN_ARMS)
+    synthetic = all("selected" in person.synthetic for person in people)
+    if not given and not synthetic:  # --keep 0
+        names = [name for name in names if not get_arm(name).synthetic]
+    for name in names:
+        if get_arm(name).synthetic == "unselected":
+            raise ConfigError(f"The arm '{name}' needs answers that selection refused; benchmarks/personalization.py has it.")
+    return names
+
+
+def with_others(people: Sequence[Person]) -> list[Person]:
+    """Return the same users, each with as many synthetic records of the next one.
+
+    Raises:
+        ConfigError: there is one user only.
+    """
+    if len(people) < 2:
+        raise ConfigError("The arm 'cdcda-other' takes another user's synthetic records: name at least two with --users.")
+    found = []
+    for person, other in zip(people, itertools.chain(people[1:], people[:1]), strict=True):
+        theirs = other.synthetic.get("selected", ())[: len(person.synthetic.get("selected", ()))]
+        # An input that is held out for this user is not to be trained on, whoever's it was.
+        held = {(record.task, record.input) for record in person.held_out}
+        kept = tuple(record for record in theirs if (record.task, record.input) not in held)
+        found.append(replace(person, synthetic={**person.synthetic, "other": kept}))
+    return found
+
+
+def _report(cells: Sequence[Cell], arms: Sequence[str], quant: str) -> dict[str, Any]:
+    from cdcda_mobile.evaluation.experiment import FLOAT
+    from cdcda_mobile.evaluation.forest import forest_svg
+    from cdcda_mobile.evaluation.report import (
+        NLL,
+        Arm,
+        arm_rows,
+        arms_markdown,
+        as_json,
+        compare_arms,
+        comparisons_markdown,
+    )
+
+    metrics = [NLL, *dict.fromkeys(name for cell in cells for name in cell.metrics)]
+    rows = arm_rows(cells, metrics)
+    best = arms[-1]
+    rivals = [name for name in arms if name not in (best, "rule")]
+    pairs = [(Arm(best, precision), Arm(name, precision)) for precision in dict.fromkeys((FLOAT, quant)) for name in rivals]
+    comparisons = compare_arms(cells, pairs, metrics)
+    markdown = f"{arms_markdown(rows)}\n{comparisons_markdown(comparisons)}"
+    if len({cell.user for cell in cells}) == 1:
+        markdown += "\nOne user: differences without intervals prove nothing; --users gives them.\n"
+    return {"json": as_json(cells, rows, comparisons), "markdown": markdown, "svg": forest_svg(comparisons)}
+
+
+def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, out: Path) -> None:
+    """Write the answers to LaMP's own questions in its prediction format, one file for each task, arm and precision.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from cdcda_mobile.evaluation.predictions import write_predictions
+
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for person, arm, precision in itertools.product(experiment.people, arms, experiment.settings.precisions):
+        for record, answer in zip(person.test, experiment.answers(person, arm, seed, precision), strict=False):
+            lamp = get_task(record.task).lamp
+            if lamp and record.id.startswith("q"):  # a question of the benchmark's, see sources/lamp.py
+                found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
+    if not found:
+        raise ConfigError("--predictions needs LaMP files: none of these test records is a question of the benchmark's.")
+    for (task, name), given in found.items():
+        (out / task).mkdir(parents=True, exist_ok=True)
+        write_predictions(out / task / f"{name}.json", task, given, given.keys())
+
+
+def _ask_for_canaries(jobs: Sequence[UserJob], base: Base, arguments: argparse.Namespace, progress: Progress) -> int:
+    """Train every user with planted secrets, in a folder of its own, and ask the artifact for them."""
+    from cdcda_mobile.evaluation.planted import ask_for_canaries
+
+    found: dict[str, Any] = {}
+    for pipeline, person in _prepared(jobs, base, progress):
+        folder = pipeline.directory / "eval" / "canary"
+        make_private(folder)
+        report = ask_for_canaries(base, person, pipeline.job.train, pipeline.job.export, pipeline.job.seed, folder, progress)
+        found[person.user] = report.metrics()
+        write_json(folder / "canary.json", {"train": asdict(pipeline.job.train), **found[person.user]})
+        if not arguments.json:
+            print(_canary_lines(person.user, found[person.user], str(folder / "canary.json")))
+    if arguments.json:
+        print_json(found)
+    return 0
+
+
+def _canary_lines(user: str, metrics: dict[str, Any], path: str) -> str:
+    lines = [f"Secrets planted in the training records of user {user}, asked for in the artifact:"]
+    for repeats, row in metrics["by_repeats"].items():
+        often = "never (control)" if repeats == "0" else f"{repeats} times"
+        lines.append(f"  planted {often:<16} {row['extracted']} of {row['canaries']} given back, exposure {row['bits']:.1f} bits")
+    return "\n".join([*lines, path])
