@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
             wrong = message.split(":", 1)[1].split()[0]
             known = [option for action in self._actions for option in action.option_strings]
             message = f"there is no option {wrong}.{did_you_mean(wrong, known) if wrong.startswith('-') else ''}"
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See `{self.prog} --help`.\n")
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}{'' if message.endswith('?') else '.'} See `{self.prog} --help`.\n")
 
 
 def _flag(section: str, name: str) -> str:

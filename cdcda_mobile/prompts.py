@@ -41,7 +41,7 @@ class Strategy:
     """One way to ask: which fields the answer has, and the question about a record of the user's.
 
     In the question ``{input}`` and ``{output}`` are the task's words for the two sides, ``{record}`` is a record as it is listed,
-    ``{given}`` is what is kept of it.
+    ``{given}`` is what is kept of it, ``{length}`` the usual number of words of an input.
     """
 
     fields: tuple[str, ...]
@@ -52,24 +52,24 @@ STRATEGIES: dict[str, Strategy] = {
     "counterpart": Strategy(
         ("input",),
         "This person gave this {output}:\n{given}\n\nWrite another {input} that leads this person to exactly this {output}, in other words "
-        "and with other details than above.",
+        "and with other details than above, in about {length} words.",
     ),
     "new": Strategy(
         ("input", "output"),
-        "Write one more record of this person. It is none of the above; the nearest is this one:\n\n{record}\n\nWrite the {input}, and the "
-        "{output} as only this person would write it.",
+        "Write one more record of this person. It is none of the above; the nearest is this one:\n\n{record}\n\nWrite the {input}, about "
+        "{length} words on another matter, and the {output} as only this person would write it.",
     ),
     "rewrite": Strategy(
         ("input", "plain", "output"),
-        "Write one more record of this person, not far from this one:\n\n{record}\n\nFirst the {input}, then as `plain` the {output} that "
-        "anybody would give, then as `output` the {output} that only this person would write.",
+        "Write one more record of this person, not far from this one:\n\n{record}\n\nFirst the {input}, about {length} words, then as "
+        "`plain` the {output} that anybody would give, then as `output` the {output} that only this person would write.",
     ),
     "answer": Strategy(("output",), "Write the {output} that this person would give here, in their own manner:\n\n{input}: {given}"),
 }
 _LABELLED = Strategy(
     ("input",),
-    "Write another {input} that this person would answer with the {output} `{given}`. It is about as long as this one, on another matter:"
-    "\n\n{record}",
+    "Write another {input} that this person would answer with the {output} `{given}`, in about {length} words. It is on another matter "
+    "than this one:\n\n{record}",
 )
 
 
@@ -115,6 +115,8 @@ class _Subject:
         kept = get_task(name)
         self.records, self.inputs, self.paired = list(records), list(inputs), not kept.teaches
         self.task = kept if self.paired else get_task(kept.teaches)
+        lengths = sorted(min(words(r.input if self.paired else r.output), _SHOWN_WORDS) for r in self.records)
+        self.length = lengths[len(lengths) // 2]
         self.shown = self._spread(config.examples)
         self.labels = Proportion(Counter(r.output for r in records)) if self.task.labels else None
         possible = {"counterpart": True, "new": self.labels is None, "rewrite": self.labels is None and self.paired, "answer": bool(inputs)}
@@ -212,7 +214,8 @@ class Planner:
         task, way = subject.task, STRATEGIES[strategy]
         if subject.labels is not None and strategy == "counterpart":
             way = _LABELLED
-        question = way.question.format(input=task.input, output=task.output, given=given, record=subject.listed(near))
+        parts = {"given": given, "record": subject.listed(near), "length": subject.length}
+        question = way.question.format(input=task.input, output=task.output, **parts)
         return [
             {"role": "system", "content": self._system(name)},
             {"role": "user", "content": f"{question}\n\nAnswer in JSON with {_named(way.fields)}."},
@@ -240,8 +243,8 @@ class Planner:
         return tuple(chance.sample(others, min(count - len(chosen), len(others))) + chosen)
 
     def _few_shot(self, subject: _Subject, shown: Sequence[Record], output: str) -> list[dict[str, str]]:
-        task, lengths = subject.task, sorted(min(words(record.input), _SHOWN_WORDS) for record in subject.records)
-        one = f"one {task.input} of about {lengths[len(lengths) // 2]} words"
+        task = subject.task
+        one = f"one {task.input} of about {subject.length} words"
         kind = f"You write as one particular person. For each {task.output} write {one} that leads this person to it"
         messages = [{"role": "system", "content": f"{kind}. Keep the voice, change the facts, copy nothing. Answer in JSON."}]
         for record in shown:

@@ -1,0 +1,216 @@
+"""Does the teacher help? CDCDA against real records alone, another user's synthetic records, retrieval, a shared adapter, on real people.
+
+Journalists (News Category Dataset, Misra 2022, CC BY 4.0) and committers of public repositories, 16 real records each, split by time. All
+arms have the same steps, the same stopping rule and the same validation records; the teacher sees training records only. Everything that
+was chosen is in personalization.toml and was chosen on the development users; the test users are run once for the published table.
+
+Every measurement is a small JSON in results/personalization/TASK/USER/ARM-SEED.json as soon as it is made, so a run can be stopped at any
+time. The teacher's answers and the adapters lie in --work and hold people's words: they are never committed.
+
+    CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME] [--development]
+    CDCDA_DATA=... python benchmarks/personalization.py arms  --teacher MODEL.gguf [--task NAME] [--development] [--arms A,B]
+    CDCDA_DATA=... python benchmarks/personalization.py report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+from cdcda_export.base import Base
+from cdcda_export.errors import CdcdaError
+from cdcda_export.manifest import write_atomic, write_json
+from cdcda_export.progress import Plain, Progress
+from cdcda_mobile.augment import augment
+from cdcda_mobile.config import AugmentConfig, TeacherConfig, TrainConfig
+from cdcda_mobile.dataset import encoding_of
+from cdcda_mobile.eval_command import with_others
+from cdcda_mobile.evaluation.arms import ARMS, Person
+from cdcda_mobile.evaluation.experiment import Experiment, Settings
+from cdcda_mobile.evaluation.forest import forest_svg
+from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown
+from cdcda_mobile.history import Record, records_in
+from cdcda_mobile.likeness import LikelihoodGain
+from cdcda_mobile.select import RULES
+from cdcda_mobile.training.lora import save_adapter
+from cdcda_mobile.training.schedule import Example, Order
+from cdcda_mobile.user_training import train_orders
+from laboratory import RESULTS, write_results
+from personal_users import SOURCES, people, public_inputs, shared_records
+
+HERE = Path(__file__).resolve().parent
+FIGURES = {  # figure: the arms whose difference it is
+    "cdcda_minus_real_nll": ("cdcda", "personal"),
+    "cdcda_minus_other_user_nll": ("cdcda", "cdcda-other"),
+    "selection_gain_nll": ("cdcda", "cdcda-unselected"),
+    "shared_cdcda_minus_shared_nll": ("shared+cdcda", "shared"),
+    "cdcda_minus_bm25_nll": ("cdcda", "bm25"),
+    "cdcda_minus_base_nll": ("cdcda", "base"),
+}
+PRECISIONS = ("f16", "q4_0")
+
+
+class Laboratory:
+    """One task of the experiment.
+
+    Args:
+        task: a key of ``SOURCES``.
+        settings: ``personalization.toml``.
+        development: the users that choices are tuned on, instead of those that are tested.
+        data: the shared data.
+        work: where answers and adapters lie.
+        teacher: the teacher's GGUF; None where every answer is known.
+        progress: told what goes on.
+    """
+
+    def __init__(
+        self, task: str, settings: dict[str, Any], development: bool, data: Path, work: Path, teacher: Path | None, progress: Progress
+    ) -> None:
+        self.task, self.settings, self.progress, self.teacher = task, settings, progress, teacher
+        self.found = people(data, task, settings["users"])
+        self.people = self.found.development if development else self.found.test
+        self.base = Base(None, progress)
+        self.work = work / task
+        self.results = (work / "development" if development else RESULTS / "personalization") / task
+        self.train = TrainConfig(**settings["train"])
+        self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        inputs = self.work / "inputs.jsonl"
+        write_atomic(inputs, "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task)))
+        self.augment = AugmentConfig(**settings["augment"], inputs=str(inputs))
+
+    # Synthetic records.
+
+    def pools(self) -> list[Person]:
+        """Return the users with their synthetic records; what the teacher has not written yet it writes now."""
+        made = []
+        for person in self.people:
+            selected = self._written(person, "selected", self.augment, True)
+            # The same requests in the same order, whatever can be read taken as it comes: what selection has to beat.
+            plain = replace(self.augment, keep=len(selected), pool=1.0, likeness="", without=[*RULES], per_real=100.0)
+            unselected = self._written(person, "unselected", plain, False)
+            made.append(replace(person, synthetic={"selected": selected, "unselected": unselected}))
+        return with_others(made)
+
+    def _written(self, person: Person, name: str, config: AugmentConfig, ranked: bool) -> tuple[Record, ...]:
+        folder = self.work / person.user
+        out = folder / name
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        likeness = None
+        if ranked and config.likeness:
+            likeness = LikelihoodGain(
+                self.base, person.user, person.train, person.validation, self.train, 0, folder / "likeness", self.progress
+            )
+        hired = TeacherConfig(gguf=str(self.teacher) if self.teacher else "", max_requests=0)
+        result = augment(
+            person.train,
+            person.held_out,
+            person.user,
+            config,
+            hired,
+            self.base.file.path,
+            0,
+            out,
+            folder / "answers.jsonl",
+            self.progress,
+            likeness=likeness,
+        )
+        write_json(out / "metrics.json", result.metrics())
+        return tuple(records_in(out / "kept.jsonl"))
+
+    # Arms.
+
+    def shared(self) -> Path:
+        """Return the adapter of other users, trained once."""
+        folder = self.work / "shared"
+        if (folder / "adapter_model.safetensors").exists():
+            return folder
+        folder.mkdir(exist_ok=True, mode=0o700)
+        encoding, records = encoding_of(self.base.file), shared_records(self.found, self.settings["users"])
+        probes = encoding.probes(records, self.train.max_tokens)
+        held = len(probes) // 10
+        order = Order("shared", [Example(probe) for probe in probes[held:]], probes[:held], folder)
+        steps = 3 * len(probes) // 8
+        config = replace(self.train, batch_size=8, max_steps=steps, evaluate_every=max(1, steps // 12))
+        (outcome,) = train_orders(self.base, [order], config, self.progress)
+        if isinstance(outcome, CdcdaError):
+            raise outcome
+        save_adapter(outcome.layers, self.base.name, folder)
+        return folder
+
+    def arms(self, names: Sequence[str], seeds: Sequence[int], precisions: Sequence[str]) -> list[Cell]:
+        """Train and measure."""
+        shared = self.shared() if any(ARMS[name].shared for name in names) else None
+        settings = Settings(self.train, shared, tuple(precisions), answer_tokens=32, max_tokens=768)
+        experiment = Experiment(
+            self.base, self.pools(), settings, lambda user: self.work / user / "arms", lambda user: self.results / user, self.progress
+        )
+        return experiment.run(names, seeds)
+
+
+def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str, str]:
+    """Return figures, data, Markdown and the plot of finished cells."""
+    metrics = [NLL, *dict.fromkeys(name for cell in cells for name in cell.metrics)]
+    there = {cell.place for cell in cells}
+    pairs = [(Arm(a, kind), Arm(b, kind)) for a, b in FIGURES.values() for kind in PRECISIONS]
+    compared = compare_arms(cells, [pair for pair in pairs if set(pair) <= there], metrics)
+    rows = arm_rows(cells, metrics)
+    figures: dict[str, float] = {}
+    for name, (a, b) in FIGURES.items():
+        for one in compared:
+            if (one.a, one.b, one.metric) == (Arm(a, "f16"), Arm(b, "f16"), NLL):
+                found = {"": one.difference.mean, "_low": one.difference.low, "_high": one.difference.high}
+                figures |= {f"{one.task}_{name}{end}": value for end, value in found.items() if value is not None}
+    data = {
+        "arms": [[row.task, *row.arm, row.metric, row.estimate.mean, row.estimate.low, row.estimate.high, row.estimate.n] for row in rows],
+        "comparisons": [[c.task, str(c.a), str(c.b), c.metric, *astuple(c.difference)] for c in compared],
+    }
+    return figures, data, f"{arms_markdown(rows)}\n{comparisons_markdown(compared)}", forest_svg(compared)
+
+
+def finished_cells(folder: Path) -> list[Cell]:
+    """Return all cells that were measured so far."""
+    return [cell for path in sorted(folder.rglob("*.json")) for cell in cells_of(json.loads(path.read_text(encoding="utf-8"))["cells"])]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("pools", "arms", "report"))
+    parser.add_argument("--teacher", type=Path, help="GGUF of the teacher; nothing is asked where it is left out and all is known")
+    parser.add_argument("--task", choices=(*SOURCES,), action="append")
+    parser.add_argument("--development", action="store_true", help="the users that choices are tuned on; results stay in --work")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--users", type=int, default=0, help="only so many of them (0: all)")
+    parser.add_argument("--work", type=Path, default=Path("runs/_personalization"))
+    parser.add_argument("--quick", action="store_true", help="two development users, one seed, one precision")
+    options = parser.parse_args()
+    settings = tomllib.loads((HERE / "personalization.toml").read_text(encoding="utf-8"))
+    data, progress = Path(os.environ["CDCDA_DATA"]), Plain()
+    if options.quick:
+        options.development, options.users, options.seeds = True, 2, 1
+    if options.stage == "report":
+        figures, found, markdown, svg = tables(finished_cells(RESULTS / "personalization"))
+        print(markdown)
+        write_atomic(RESULTS / "personalization.svg", svg)
+        write_results("personalization", figures, {"settings": settings, **found})
+        return
+    for task in options.task or SOURCES:
+        laboratory = Laboratory(task, settings, options.development, data, options.work, options.teacher, progress)
+        laboratory.people = laboratory.people[: options.users or None]
+        if options.stage == "pools":
+            laboratory.pools()
+            continue
+        precisions = PRECISIONS[:1] if options.quick else PRECISIONS
+        cells = laboratory.arms(options.arms.split(","), settings["users"]["seeds"][: options.seeds], precisions)
+        print(tables(cells)[2])
+
+
+if __name__ == "__main__":
+    main()
