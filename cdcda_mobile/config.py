@@ -52,6 +52,11 @@ class TeacherConfig:
     token_budget: int = setting(0, "stop after this many prompt+completion tokens (0: no limit)", "N")
 
 
+# The ways to ask (cdcda_mobile/prompts.py) and the rules that can be left out (cdcda_mobile/select.py); a test holds them to these names.
+STRATEGY_NAMES = ("counterpart", "new", "rewrite", "answer")
+RULE_NAMES = ("length", "text", "language", "label", "copy", "duplicate", "echo")
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
     """How many synthetic records, and how they are asked for and kept."""
@@ -84,6 +89,10 @@ class AugmentConfig:
             raise ConfigError("augment.per_real must be above 0, augment.pool at least 1, augment.alike above 0 and at most 1.")
         if self.likeness not in ("", "adapter"):
             raise ConfigError(f"There is no likeness '{self.likeness}'. One of: adapter, or '' for none.")
+        for kind, given, known in (("strategy", self.strategies, STRATEGY_NAMES), ("rule", self.without, RULE_NAMES)):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(f"There is no {kind} '{name}' (augment).{did_you_mean(name, known)}")
         if self.redact_names and not self.redact:
             raise ConfigError("--redact-names says how --redact finds names; give --redact too.")
 

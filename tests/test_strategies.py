@@ -1,0 +1,259 @@
+"""Strategies, the style card, what is shown before it is sent, and which candidates are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdcda_export.base import Base
+from cdcda_export.errors import ConfigError, DataError, FileError
+from cdcda_export.progress import Silent
+from cdcda_mobile.augment import augment
+from cdcda_mobile.choice import LESS_ALIKE, LESS_DIVERSE, choose, shares
+from cdcda_mobile.cli import main
+from cdcda_mobile.config import RULE_NAMES, STRATEGY_NAMES, AugmentConfig, TeacherConfig, TrainConfig
+from cdcda_mobile.held_out import HeldOut
+from cdcda_mobile.history import Record
+from cdcda_mobile.likeness import LikelihoodGain
+from cdcda_mobile.prompts import STRATEGIES, Planner
+from cdcda_mobile.public_inputs import read_inputs
+from cdcda_mobile.select import RULES, Selector
+from cdcda_mobile.style import card_lines, card_request, counted
+from cdcda_mobile.tasks import TASKS
+from cdcda_mobile.textual import farthest_first, grams
+from fake_endpoint import serving
+from test_augment import HELD_OUT, TRAIN, plain, planner, run, sentence
+
+
+def test_names_in_the_configuration_are_those_of_the_code() -> None:
+    assert tuple(STRATEGIES) == STRATEGY_NAMES and tuple(RULES) == RULE_NAMES
+
+
+def headlines(*outputs: str) -> list[Record]:
+    return [Record(f"h{n}", f"2024-01-{1 + n:02}", "headline", sentence(n), output) for n, output in enumerate(outputs)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_asks_for_its_fields_and_turns_through_the_records(strategy: str) -> None:
+    texts = {"headline": [sentence(5000 + n) for n in range(4)]}
+    ours = tuple(r for r in TRAIN if r.task == "headline")[:6]
+    made = Planner(ours, HeldOut(()), plain(strategies=[strategy]), 1, inputs_only=False, inputs=texts)
+    asks = [made.ask(k) for k in range(12)]
+    assert {tuple(ask.request.schema["required"]) for ask in asks} == {STRATEGIES[strategy].fields}
+    assert len({ask.request.messages[0]["content"] for ask in asks}) == 1  # what a server computes once
+    assert len({ask.request.key("m") for ask in asks}) == 12
+    if strategy == "counterpart":
+        assert Counter(ask.output for ask in asks) == {r.output: 2 for r in ours}
+    if strategy == "answer":
+        assert Counter(ask.input for ask in asks) == dict.fromkeys(texts["headline"], 3)
+        verdict = Selector(ours, (), plain()).judge(asks[0], json.dumps({"output": sentence(9, 5)}))
+        assert (verdict.input, verdict.output, verdict.reason) == (asks[0].input, sentence(9, 5), "")
+
+
+def test_an_input_of_somebody_elses_that_is_held_out_is_not_answered() -> None:
+    held = next(r for r in HELD_OUT if r.task == "headline")
+    texts = {"headline": [held.input.upper(), sentence(5001)]}
+    made = Planner(TRAIN, HeldOut(HELD_OUT), plain(strategies=["answer"]), 1, inputs_only=False, inputs=texts)
+    assert {made.ask(k).input for k in range(60) if made.ask(k).strategy == "answer"} == {sentence(5001)}
+
+
+def test_a_label_is_one_of_the_closed_set_by_schema() -> None:
+    rated = tuple(r for r in TRAIN if r.task == "rating")
+    made = Planner(rated, HeldOut(()), plain(strategies=["answer", "new"]), 1, inputs_only=False, inputs={"rating": [sentence(7)]})
+    ask = made.ask(0)
+    assert ask.strategy == "answer" and ask.request.schema["properties"]["output"]["enum"] == list(TASKS["rating"].labels)
+
+
+def test_texts_without_inputs_become_pairs() -> None:
+    tweets = [Record(f"t{n}", f"2024-01-{1 + n:02}", "tweet_completion", sentence(n)[:9], sentence(n)) for n in range(8)]
+    made = Planner(tweets, HeldOut(()), plain(), 1, inputs_only=False)
+    ask = next(ask for ask in map(made.ask, range(4)) if ask.strategy == "counterpart")
+    assert ask.task.name == "tweet" and ask.output in {t.output for t in tweets}
+    assert "plain wording of a tweet" in ask.request.messages[1]["content"]
+    assert sentence(3)[:9] + "\n" not in ask.request.messages[0]["content"]  # the beginnings that we cut are no records of anybody's
+    verdict = Selector(tweets, (), plain()).judge(ask, json.dumps({"input": sentence(99)}))
+    assert (verdict.input, verdict.output) == (sentence(99), ask.output)
+
+
+def test_the_records_that_are_shown_are_spread() -> None:
+    assert farthest_first([grams("a b c d"), grams("a b c d e"), grams("x y z"), grams("a b c")], 3) == [0, 2, 3]
+    alike = [replace(TRAIN[1], id=f"a{n}", date=f"2024-02-{n + 1:02}", input=TRAIN[1].input + f" {n}") for n in range(9)]
+    made = planner((*alike, TRAIN[4], TRAIN[5]), (), examples=3)
+    shown = made.ask(0).request.messages[0]["content"]
+    assert TRAIN[4].input in shown and TRAIN[5].input in shown
+
+
+# The style card.
+
+
+def test_what_can_be_counted() -> None:
+    lines = counted(headlines("Why We Love Old Trains", "How To Mend A Kettle", "What Nobody Tells You?"))
+    assert lines[0] == "length of the headline: 4 to 5 words, mostly about 5"
+    assert "headline: Capitals On Most Words" in lines and "headline: starts with a capital letter" in lines
+    assert "headline: begins with a word and a colon" in counted(headlines("fix: one thing", "docs: another", "ci: a third"))
+    assert counted([r for r in TRAIN if r.task == "rating"])[0].startswith("score: 1 ")
+
+
+def test_the_teachers_part_of_the_card() -> None:
+    request = card_request(headlines("one two", "three four"), 0, 100)
+    assert "three four" in request.messages[0]["content"] and set(request.schema["required"]) == {"subjects", "habits"}
+    assert card_lines('{"subjects": ["trains", "tea"], "habits": ["dry wit"]}') == ["subjects: trains; tea", "habits: dry wit"]
+    assert card_lines("no idea") == card_lines('{"subjects": 3}') == []
+
+
+def test_the_card_is_asked_for_once_and_stands_in_every_request(tmp_path: Path) -> None:
+    with serving() as endpoint:
+        run(endpoint, tmp_path, plain(style=True))
+        cards = [body for body in endpoint.requests if "subjects" in json.dumps(body["response_format"])]
+        assert len(cards) == 2  # two tasks
+        others = [body for body in endpoint.requests if body not in cards]
+        assert all("What marks this person:" in body["messages"][0]["content"] for body in others)
+        endpoint.requests.clear()
+        run(endpoint, tmp_path, plain(style=True))
+        assert endpoint.requests == []
+
+
+# What would be sent.
+
+
+def test_shown_requests_are_those_that_are_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-nothing-0123")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[augment]\nkeep = 4\npool = 1.0\nwithout = ["language", "length", "copy", "duplicate", "echo", "text"]\n')
+    with serving() as endpoint:
+        job = [
+            "augment",
+            "--user",
+            "42",
+            "--teacher-base-url",
+            endpoint.url,
+            "--teacher-model",
+            "fake-1",
+            "--recipe",
+            str(recipe),
+            "--quiet",
+        ]
+        job += ["--workspace", str(tmp_path / "runs")]
+        assert main([*job, "--show-requests"]) == 0
+        before = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert endpoint.requests == [] and not (tmp_path / "runs").exists()
+        assert main(job) == 0
+        sent = [json.dumps(body, sort_keys=True) for body in endpoint.requests]
+        capsys.readouterr()
+        assert main([*job, "--show-requests"]) == 0
+    after = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(json.dumps(row["body"], sort_keys=True) for row in after) == sorted(sent)
+    assert {row["to"] for row in after} == {f"{endpoint.url}/chat/completions"}
+    unwritten = [row for row in before if "the teacher's answer to the first request" in json.dumps(row["body"])]
+    assert unwritten and len(before) == len(after)
+
+
+# Selection.
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_can_be_left_out(rule: str) -> None:
+    bad = {
+        "length": {"input": "two words"},
+        "text": {"input": sentence(7777) + " <b>kettle</b>"},
+        "language": {"input": "Die Regierung hat gestern ein neues Gesetz beschlossen, das viele betrifft"},
+        "copy": {"input": ""},
+        "duplicate": {"input": ""},
+        "echo": {"input": "", "output": sentence(8888, 5)},
+        "label": {"input": sentence(7777)},
+    }[rule]
+    english = [
+        replace(r, input=f"The {r.input.replace(' ', ' of the ', 2)} and it is what they have", output=f"They say {r.output}")
+        for r in TRAIN
+        if r.task == "headline"
+    ]
+    train = [r for r in TRAIN if r.task == "rating"] if rule == "label" else english
+    made = Planner(train, HeldOut(()), plain(examples=2, strategies=["new"]), 1, inputs_only=False)
+    ask = made.ask(0)
+    if rule == "label":
+        ask = replace(ask, output="6")
+    if rule == "copy":
+        bad["input"] = ask.examples[0].input
+    if rule == "duplicate":
+        bad["input"] = next(r for r in train if r not in ask.examples).input
+    if rule == "echo":
+        bad["input"] = f"well {bad['output']} it is so and they know of it"
+    text = json.dumps({name: bad.get(name, "They say " + sentence(8888, 4)) for name in ask.request.schema["required"]})
+    others = [name for name in RULES if name != rule]
+    config = plain(without=others)
+    assert Selector(train, (), config).judge(ask, text).rule == rule
+    assert Selector(train, (), replace(config, without=[*RULES])).judge(ask, text).reason == ""
+
+
+def test_likeness_leaves_the_best_and_diversity_spreads_them() -> None:
+    texts = ["a b c d", "a b c d e", "x y z w", "p q r s", "k l m n"]
+    found = choose(texts, ["g"] * 5, 2, [0.9, 0.8, 0.7, 0.1, 0.05], alike=0.6)
+    assert found.kept == (0, 2)
+    assert found.reasons == {1: LESS_DIVERSE, 3: LESS_ALIKE, 4: LESS_ALIKE}
+    assert choose(texts, ["g"] * 5, 9, None, 0.5).kept == (0, 1, 2, 3, 4)
+
+
+def test_groups_keep_their_shares() -> None:
+    assert shares(Counter({"a": 10, "b": 5, "c": 1}), 8) == {"a": 5, "b": 3, "c": 0}
+    assert shares(Counter({"a": 2}), 8) == {"a": 2}
+    groups = ["a"] * 10 + ["b"] * 5
+    kept = choose([f"t{n} u v" for n in range(15)], groups, 6, None, 1.0).kept
+    assert Counter(groups[index] for index in kept) == {"a": 4, "b": 2}
+
+
+def test_candidates_beyond_what_is_kept_are_rejected_with_the_reason(tmp_path: Path) -> None:
+    def longest(rows: Sequence[Record]) -> list[float]:
+        return [float(len(row.input)) for row in rows]
+
+    with serving() as endpoint:
+        hired, config = TeacherConfig(base_url=endpoint.url, retries=2), plain(8, pool=2.0, alike=0.5)
+        places = (tmp_path / "no.gguf", 3, tmp_path, tmp_path / "answers.jsonl")
+        result = augment(TRAIN, HELD_OUT, "42", config, hired, *places, Silent(), likeness=longest)
+    assert len(result.kept) == 8 and len(result.rejected) == 8 and {row.rule for row in result.rejected} == {"choice"}
+    assert {row.reason for row in result.rejected} <= {LESS_ALIKE, LESS_DIVERSE} and len(endpoint.requests) >= 16
+
+
+def test_never_more_synthetic_records_than_the_cap_allows(tmp_path: Path) -> None:
+    with serving() as endpoint:
+        result = run(endpoint, tmp_path, plain(40, per_real=0.25))
+    assert len(result.kept) == result.wanted == 10
+
+
+def test_likelihood_gain_ranks_what_the_user_said_above_what_nobody_did(llama_base: Path, tmp_path: Path) -> None:
+    ours = headlines(*[f"said {n} and {n}" for n in range(8)])
+    config = TrainConfig(rank=2, max_steps=12, evaluate_every=6, batch_size=4, threads=1, learning_rate=0.01, max_tokens=256)
+    gain = LikelihoodGain(Base(llama_base), "ann", ours[:6], ours[6:], config, 0, tmp_path, Silent())
+    strange = [replace(r, output="QZX %% JJJ @@") for r in ours[:3]]
+    scores = gain([*ours[:3], *strange])
+    assert min(scores[:3]) > max(scores[3:])
+    assert gain([*ours[:3], *strange]) == scores
+
+
+# Inputs of others.
+
+
+def test_inputs_of_others_are_read_and_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"task": "headline", "input": " a "}\n\n{"task": "headline", "input": "a"}\n{"task": "commit", "input": "x.py"}\n')
+    assert read_inputs(path) == {"headline": ["a"], "commit": ["x.py"]}
+    path.write_text('{"task": "headline"}\n')
+    with pytest.raises(DataError, match="in.jsonl:1 is no JSON object"):
+        read_inputs(path)
+    with pytest.raises(FileError, match="Cannot read"):
+        read_inputs(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"pool": 0.5}, {"alike": 0.0}, {"per_real": 0}, {"likeness": "charm"}, {"without": ["lenght"]}, {"strategies": ["nwe"]}]
+)
+def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        AugmentConfig(**wrong)
