@@ -27,7 +27,9 @@ from cdcda_export.base import Base
 from cdcda_export.errors import CdcdaError
 from cdcda_export.manifest import write_atomic, write_json
 from cdcda_export.progress import Plain, Progress
-from cdcda_mobile.augment import augment
+from cdcda_mobile.augmentation.augment import augment
+from cdcda_mobile.augmentation.likeness import LikelihoodGain
+from cdcda_mobile.augmentation.select import RULES
 from cdcda_mobile.config import AugmentConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.eval_command import with_others
@@ -36,8 +38,6 @@ from cdcda_mobile.evaluation.experiment import Experiment, Settings
 from cdcda_mobile.evaluation.forest import forest_svg
 from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown
 from cdcda_mobile.history import Record, records_in
-from cdcda_mobile.likeness import LikelihoodGain
-from cdcda_mobile.select import RULES
 from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
 from cdcda_mobile.user_training import train_orders

@@ -25,7 +25,7 @@ from typing import Any
 
 from capture_endpoint import Body, Echo, Endpoint, pairs_of, plain, squeezed, stands_in, texts_of
 from cdcda_export.progress import Silent
-from cdcda_mobile.augment import Synthetic, augment
+from cdcda_mobile.augmentation.augment import Synthetic, augment
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
 from cdcda_mobile.history import list_users, read_history, split_by_time
 from laboratory import print_table, write_results

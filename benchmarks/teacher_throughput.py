@@ -27,12 +27,12 @@ from urllib.parse import urlsplit
 from cdcda_export.base import default_base
 from cdcda_export.errors import TeacherError
 from cdcda_export.progress import Silent
-from cdcda_mobile.augment import augment
+from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
 from cdcda_mobile.history import Record, read_history, split_by_time
-from cdcda_mobile.local_teacher import LocalServer, LocalTeacher, local_server
-from cdcda_mobile.native_server import BUILD_COMMAND, native_server
-from cdcda_mobile.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request, slots_of
+from cdcda_mobile.teachers.local_teacher import LocalServer, LocalTeacher, local_server
+from cdcda_mobile.teachers.native_server import BUILD_COMMAND, native_server
+from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request, slots_of
 from laboratory import print_table, write_results
 
 USER = "42"

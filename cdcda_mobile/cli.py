@@ -240,7 +240,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _build_server(arguments: argparse.Namespace) -> None:
     from cdcda_export.progress import choose_progress
-    from cdcda_mobile.native_server import build_native_server
+    from cdcda_mobile.teachers.native_server import build_native_server
 
     print(build_native_server(choose_progress(arguments.quiet)))
 

@@ -52,7 +52,7 @@ class TeacherConfig:
     token_budget: int = setting(0, "stop after this many prompt+completion tokens (0: no limit)", "N")
 
 
-# The ways to ask (cdcda_mobile/prompts.py) and the rules that can be left out (cdcda_mobile/select.py); a test holds them to these names.
+# The ways to ask (augmentation/prompts.py) and the rules that can be left out (augmentation/select.py); a test holds them to these names.
 STRATEGY_NAMES = ("counterpart", "new", "rewrite", "answer")
 RULE_NAMES = ("length", "text", "language", "label", "copy", "duplicate", "echo")
 
@@ -69,7 +69,7 @@ class AugmentConfig:
     likeness: str = setting("", "how candidates are ranked: adapter (as much likelier under the user's own adapter) or nothing", "HOW")
     alike: float = setting(0.8)
     strategies: list[str] = setting(["counterpart", "new"])
-    # Rules that are left out, by name (cdcda_mobile/select.py).
+    # Rules that are left out, by name (cdcda_mobile/augmentation/select.py).
     without: list[str] = setting([])
     inputs: str = setting("", "JSONL of others' inputs ({task, input}) to answer in the user's voice", "FILE")
     style: bool = setting(True)

@@ -65,7 +65,7 @@ def examine(workspace: Path) -> list[Finding]:
 
 
 def _local_server() -> Finding:
-    from cdcda_mobile.native_server import BUILD_COMMAND, native_server
+    from cdcda_mobile.teachers.native_server import BUILD_COMMAND, native_server
 
     try:
         found = native_server()

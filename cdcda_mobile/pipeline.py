@@ -172,7 +172,7 @@ class Pipeline:
 
     def shown_requests(self) -> Iterator[dict[str, Any]]:
         """Yield what the augment stage would send to the teacher; nothing is sent or written."""
-        from cdcda_mobile.shown_requests import shown_requests
+        from cdcda_mobile.augmentation.shown_requests import shown_requests
 
         split, job = self._split(), self.job
         held_out, log = (*split.validation, *split.test), self.directory / "teacher" / "answers.jsonl"
@@ -290,12 +290,12 @@ class Pipeline:
         return records_in(self.directory / "history" / f"{name}.jsonl")
 
     def _run_augment(self, stage: Stage) -> Manifest:
-        from cdcda_mobile.augment import augment
+        from cdcda_mobile.augmentation.augment import augment
 
         train, validation, directory = self.records("train"), self.records("validation"), stage.begin()
         likeness = None
         if self.job.augment.likeness:
-            from cdcda_mobile.likeness import LikelihoodGain
+            from cdcda_mobile.augmentation.likeness import LikelihoodGain
 
             scratch = directory / "likeness"
             likeness = LikelihoodGain(self.base, self.job.user, train, validation, self.job.train, self.job.seed, scratch, self.progress)

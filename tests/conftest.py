@@ -45,7 +45,7 @@ def real_base() -> Path:
 @pytest.fixture(scope="session")
 def user_llama_server() -> Path | None:
     """llama.cpp's own server in the user's cache folder, where ``make test`` has it built."""
-    from cdcda_mobile.native_server import native_server
+    from cdcda_mobile.teachers.native_server import native_server
 
     return native_server()
 

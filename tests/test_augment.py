@@ -20,13 +20,13 @@ import pytest
 from cdcda_export.base import default_base
 from cdcda_export.errors import DataError, TeacherError
 from cdcda_export.progress import Silent
-from cdcda_mobile.augment import AugmentResult, augment
+from cdcda_mobile.augmentation.augment import AugmentResult, augment
+from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.prompts import Planner, Proportion
+from cdcda_mobile.augmentation.select import Selector, first_object
+from cdcda_mobile.augmentation.textual import grams, jaccard, loops, normalized, words
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.held_out import HeldOut
-from cdcda_mobile.prompts import Planner, Proportion
-from cdcda_mobile.select import Selector, first_object
-from cdcda_mobile.textual import grams, jaccard, loops, normalized, words
 from fake_endpoint import FakeEndpoint, Reply, chat, failure, invent, serving
 
 SECRET = "sk-very-secret-0123456789"

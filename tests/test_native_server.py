@@ -22,13 +22,13 @@ from cdcda_export.cache import cache_folder
 from cdcda_export.converter import SDIST_VARIABLE, converter_version
 from cdcda_export.errors import CdcdaError, ConfigError, DiskFull, FileError, TeacherError
 from cdcda_export.progress import Silent
-from cdcda_mobile.augment import augment
+from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
-from cdcda_mobile.endpoint import OpenAITeacher
 from cdcda_mobile.history import read_history, split_by_time
-from cdcda_mobile.local_teacher import LocalTeacher, local_server
-from cdcda_mobile.native_server import OFF, SERVER_VARIABLE, build_native_server, native_server, server_command
-from cdcda_mobile.teacher import NATIVE_SAMPLING, Request, hire
+from cdcda_mobile.teachers.endpoint import OpenAITeacher
+from cdcda_mobile.teachers.local_teacher import LocalTeacher, local_server
+from cdcda_mobile.teachers.native_server import OFF, SERVER_VARIABLE, build_native_server, native_server, server_command
+from cdcda_mobile.teachers.teacher import NATIVE_SAMPLING, Request, hire
 
 FAKE = """#!{python}
 import http.server, json, os, sys, threading, time
@@ -324,7 +324,7 @@ def test_one_that_dies_says_so(tmp_path: Path, gguf: Path) -> None:
 PARENT = """
 import sys, time
 from pathlib import Path
-from cdcda_mobile.local_teacher import local_server
+from cdcda_mobile.teachers.local_teacher import local_server
 with local_server(Path(sys.argv[1]), native=Path(sys.argv[2])) as server:
     print(server.process.pid, flush=True)
     time.sleep(60)

@@ -328,7 +328,7 @@ def echo(body: dict[str, Any]) -> Reply:
 
 
 def test_no_request_holds_a_value_and_kept_records_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cdcda_mobile.augment import augment
+    from cdcda_mobile.augmentation.augment import augment
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     progress, train, held_out = Silent(), planted_records(0, 20), planted_records(20, 4)

@@ -14,19 +14,19 @@ import pytest
 from cdcda_export.base import Base
 from cdcda_export.errors import ConfigError, DataError, FileError
 from cdcda_export.progress import Silent
-from cdcda_mobile.augment import augment
-from cdcda_mobile.choice import LESS_ALIKE, LESS_DIVERSE, choose, shares
+from cdcda_mobile.augmentation.augment import augment
+from cdcda_mobile.augmentation.choice import LESS_ALIKE, LESS_DIVERSE, choose, shares
+from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.likeness import LikelihoodGain
+from cdcda_mobile.augmentation.prompts import STRATEGIES, Planner
+from cdcda_mobile.augmentation.public_inputs import read_inputs
+from cdcda_mobile.augmentation.select import RULES, Selector
+from cdcda_mobile.augmentation.style import card_lines, card_request, counted
+from cdcda_mobile.augmentation.textual import farthest_first, grams
 from cdcda_mobile.cli import main
 from cdcda_mobile.config import RULE_NAMES, STRATEGY_NAMES, AugmentConfig, TeacherConfig, TrainConfig
-from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
-from cdcda_mobile.likeness import LikelihoodGain
-from cdcda_mobile.prompts import STRATEGIES, Planner
-from cdcda_mobile.public_inputs import read_inputs
-from cdcda_mobile.select import RULES, Selector
-from cdcda_mobile.style import card_lines, card_request, counted
 from cdcda_mobile.tasks import TASKS
-from cdcda_mobile.textual import farthest_first, grams
 from fake_endpoint import serving
 from test_augment import HELD_OUT, TRAIN, plain, planner, run, sentence
 

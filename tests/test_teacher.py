@@ -20,10 +20,10 @@ from cdcda_export.base import default_base
 from cdcda_export.errors import ConfigError, FileError, TeacherError
 from cdcda_export.progress import Silent
 from cdcda_mobile.config import TeacherConfig
-from cdcda_mobile.endpoint import OpenAITeacher
-from cdcda_mobile.local_teacher import LocalTeacher, local_server
-from cdcda_mobile.teacher import LOCAL_SAMPLING, Answer, AnswerLog, Budget, Request, hire
-from cdcda_mobile.teacher_server import stateless_llama
+from cdcda_mobile.teachers.endpoint import OpenAITeacher
+from cdcda_mobile.teachers.local_teacher import LocalTeacher, local_server
+from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, Answer, AnswerLog, Budget, Request, hire
+from cdcda_mobile.teachers.teacher_server import stateless_llama
 from fake_endpoint import FakeEndpoint, Reply, chat, failure, serving
 
 SECRET = "sk-very-secret-0123456789"
@@ -363,7 +363,7 @@ def test_the_grammar_holds_where_the_model_would_not_write_json() -> None:
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from cdcda_mobile.local_teacher import local_server
+from cdcda_mobile.teachers.local_teacher import local_server
 with local_server(Path(sys.argv[1])) as server:
     print(server.process.pid, flush=True)
     time.sleep(60)

@@ -8,16 +8,16 @@ from dataclasses import replace
 from typing import Protocol
 
 from cdcda_export.progress import Progress
+from cdcda_mobile.augmentation.prompts import Ask
+from cdcda_mobile.augmentation.select import Verdict, first_object
 from cdcda_mobile.config import AugmentConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import Ask
 from cdcda_mobile.redaction.library import name_finder
 from cdcda_mobile.redaction.redactor import Redactor
-from cdcda_mobile.select import Verdict, first_object
 
 
 class Judge(Protocol):
-    """Who says whether an answer becomes a record, such as :class:`cdcda_mobile.select.Selector`."""
+    """Who says whether an answer becomes a record, such as :class:`cdcda_mobile.augmentation.select.Selector`."""
 
     def judge(self, ask: Ask, text: str) -> Verdict:
         """Judge one answer."""

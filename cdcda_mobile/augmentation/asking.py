@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from cdcda_export.errors import CdcdaError
 from cdcda_export.progress import Progress
-from cdcda_mobile.pool import Pool
-from cdcda_mobile.prompts import Ask
+from cdcda_mobile.augmentation.prompts import Ask
 from cdcda_mobile.redaction.veil import Judge
-from cdcda_mobile.teacher import Answer, AnswerLog, Budget, Hired, Request
+from cdcda_mobile.teachers.pool import Pool
+from cdcda_mobile.teachers.teacher import Answer, AnswerLog, Budget, Hired, Request
 
 _DRAIN_S = 30.0
 _AHEAD = 4  # times the concurrency

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cdcda_mobile.augmentation.textual import normalized
 from cdcda_mobile.history import Record
-from cdcda_mobile.textual import normalized
 
 _LEAK_WORDS = 5  # shorter texts, such as "4" or "fix typo", recur by chance
 

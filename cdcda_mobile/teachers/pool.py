@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from cdcda_mobile.teacher import Answer
+from cdcda_mobile.teachers.teacher import Answer
 
 
 class Pool:

@@ -1,6 +1,6 @@
 """The server LLM: what it is asked, what it answered, what it may cost, and who it is.
 
-A teacher is always an OpenAI-compatible endpoint. With none configured, :mod:`cdcda_mobile.local_teacher` starts one on loopback.
+A teacher is always an OpenAI-compatible endpoint. With none configured, :mod:`cdcda_mobile.teachers.local_teacher` starts one on loopback.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, 
         MissingDependency: openai is not installed.
         TeacherError: the endpoint does not name its model.
     """
-    from cdcda_mobile.endpoint import OpenAITeacher
+    from cdcda_mobile.teachers.endpoint import OpenAITeacher
 
     url = endpoint_of(config)
     if url:
@@ -259,8 +259,8 @@ def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, 
         finally:
             remote.close()
         return
-    from cdcda_mobile.local_teacher import LocalTeacher
-    from cdcda_mobile.native_server import native_server
+    from cdcda_mobile.teachers.local_teacher import LocalTeacher
+    from cdcda_mobile.teachers.native_server import native_server
 
     if os.environ.get("OPENAI_API_KEY"):
         progress.say("OPENAI_API_KEY is set but no endpoint is named (--teacher-base-url or OPENAI_BASE_URL): nothing leaves this machine.")

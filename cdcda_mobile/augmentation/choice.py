@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from cdcda_mobile.textual import farthest_first, grams
+from cdcda_mobile.augmentation.textual import farthest_first, grams
 
 LESS_ALIKE = "less like the user than others"
 LESS_DIVERSE = "too close to one that is kept"

@@ -1,7 +1,7 @@
 """A teacher on this machine: a server on loopback with a local GGUF, started, health-checked and stopped by us.
 
-Where llama.cpp's own server is there (:mod:`cdcda_mobile.native_server`), it answers several requests in one pass over the weights;
-else it is llama-cpp-python's (:mod:`cdcda_mobile.teacher_server`), which answers one after the other.
+Where llama.cpp's own server is there (:mod:`cdcda_mobile.teachers.native_server`), it answers several requests in one pass over the
+weights; else it is llama-cpp-python's (:mod:`cdcda_mobile.teachers.teacher_server`), which answers one after the other.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import cdcda_export
 import cdcda_mobile
 from cdcda_export.errors import FileError, TeacherError
 from cdcda_export.progress import Progress, Silent
-from cdcda_mobile.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request
-from cdcda_mobile.teacher_server import CONTEXT_TOKENS, KEY_VARIABLE
+from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request
+from cdcda_mobile.teachers.teacher_server import CONTEXT_TOKENS, KEY_VARIABLE
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 1.0  # it holds nothing that could be lost
@@ -136,15 +136,15 @@ def _environment() -> dict[str, str]:
 
 def _python(gguf: Path, alias: str, context: int, threads: int, key: str) -> tuple[list[str], dict[str, str]]:
     # -P: a file html.py in the user's working directory is not the library's.
-    command = [sys.executable, "-P", "-m", "cdcda_mobile.teacher_server", str(gguf), "--alias", alias]
+    command = [sys.executable, "-P", "-m", "cdcda_mobile.teachers.teacher_server", str(gguf), "--alias", alias]
     command += ["--parent", str(os.getpid()), "--context", str(context), "--threads", str(threads)]
     return command, {**_environment(), KEY_VARIABLE: key}
 
 
 def _native(server: Path, gguf: Path, alias: str, slots: int, context: int, threads: int, key: str) -> tuple[list[str], dict[str, str]]:
-    from cdcda_mobile.native_server import server_command
+    from cdcda_mobile.teachers.native_server import server_command
 
-    bound = [sys.executable, "-P", "-m", "cdcda_mobile.bound", str(os.getpid())]
+    bound = [sys.executable, "-P", "-m", "cdcda_mobile.teachers.bound", str(os.getpid())]
     environment = {name: value for name, value in _environment().items() if not name.startswith(_SETTINGS)}
     return bound + server_command(server, gguf, alias, slots, context, threads), environment | {_NATIVE_KEY_VARIABLE: key}
 
@@ -263,7 +263,7 @@ class LocalTeacher:
         """
         if self._client is not None:
             return
-        from cdcda_mobile.endpoint import OpenAITeacher
+        from cdcda_mobile.teachers.endpoint import OpenAITeacher
 
         server = local_server(self._gguf, self.name, self._progress, native=self._native, slots=self._slots)
         self._server = self._stack.enter_context(server)

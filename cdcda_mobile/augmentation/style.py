@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Sequence
 from statistics import median
 
+from cdcda_mobile.augmentation.prompts import clipped
+from cdcda_mobile.augmentation.select import first_object
+from cdcda_mobile.augmentation.textual import words
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import clipped
-from cdcda_mobile.select import first_object
 from cdcda_mobile.tasks import get_task
-from cdcda_mobile.teacher import Request
-from cdcda_mobile.textual import words
+from cdcda_mobile.teachers.teacher import Request
 
 _SHOWN_RECORDS = 20
 _MOST_POINTS = 4

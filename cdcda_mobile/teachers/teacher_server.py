@@ -1,4 +1,4 @@
-"""The local teacher's process: ``python -m cdcda_mobile.teacher_server MODEL.gguf --alias NAME``.
+"""The local teacher's process: ``python -m cdcda_mobile.teachers.teacher_server MODEL.gguf --alias NAME``.
 
 llama-cpp-python's own OpenAI-compatible server with three changes. The answer to a request depends on the request alone, not on
 what was asked before. The grammar of structured output is checked on the token that was drawn, as llama.cpp's own tools do, instead
@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cdcda_mobile.bound import end_with_parent
+from cdcda_mobile.teachers.bound import end_with_parent
 
 KEY_VARIABLE = "CDCDA_LOCAL_TEACHER_KEY"
 CONTEXT_TOKENS = 2048
@@ -156,7 +156,7 @@ def build_app(gguf: Path, alias: str, key: str, threads: int, context: int) -> A
 
 def main(arguments: list[str] | None = None) -> None:
     """Serve one GGUF on a free loopback port, which is written to standard output as one JSON line once it listens."""
-    parser = argparse.ArgumentParser(prog="python -m cdcda_mobile.teacher_server", description="Serve a local teacher.")
+    parser = argparse.ArgumentParser(prog="python -m cdcda_mobile.teachers.teacher_server", description="Serve a local teacher.")
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--alias", required=True)
     parser.add_argument("--parent", type=int, required=True)

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cdcda_export.errors import DataError
+from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.textual import farthest_first, grams, words
 from cdcda_mobile.config import AugmentConfig
-from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import Task, get_task
-from cdcda_mobile.teacher import Request
-from cdcda_mobile.textual import farthest_first, grams, words
+from cdcda_mobile.teachers.teacher import Request
 
 _SHOWN_WORDS = 110  # of an input in a prompt
 _LISTED_WORDS = 500  # of all records in the first turn: with the answer they fit the local teacher's context
@@ -150,7 +150,7 @@ class Planner:
         config: how many examples, which strategies, how to sample.
         seed: of every choice.
         inputs_only: never ask for outputs (a weak teacher).
-        card: lines that describe the person, by task; see :mod:`cdcda_mobile.style`.
+        card: lines that describe the person, by task; see :mod:`cdcda_mobile.augmentation.style`.
         inputs: inputs of others by task, for the strategy ``answer``.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from cdcda_export.errors import ConfigError, MissingDependency, TeacherError, did_you_mean
-from cdcda_mobile.teacher import Answer, Request
+from cdcda_mobile.teachers.teacher import Answer, Request
 
 FORMATS = ("json_schema", "json_object", "none")
 _FIRST_WAIT_S = 0.5
@@ -61,7 +61,7 @@ class _Refused(Exception):
 
 
 class OpenAITeacher:
-    """A :class:`cdcda_mobile.teacher.Teacher` behind HTTP; one object serves several threads.
+    """A :class:`cdcda_mobile.teachers.teacher.Teacher` behind HTTP; one object serves several threads.
 
     The key comes from ``OPENAI_API_KEY`` and from nowhere else, unless the caller made it (our own local server). It never
     stands in a message.

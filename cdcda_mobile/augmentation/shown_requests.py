@@ -9,13 +9,13 @@ from typing import Any
 
 from cdcda_export.manifest import sha256_file
 from cdcda_export.progress import Progress
-from cdcda_mobile.augment import planned, wanted_of
+from cdcda_mobile.augmentation.augment import planned, wanted_of
+from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
-from cdcda_mobile.endpoint import FORMATS, request_body
-from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction.veil import Veil
-from cdcda_mobile.teacher import AnswerLog, Request, endpoint_of
+from cdcda_mobile.teachers.endpoint import FORMATS, request_body
+from cdcda_mobile.teachers.teacher import AnswerLog, Request, endpoint_of
 
 # Stands where the teacher's part of the style card will be, as long as it has not been asked for.
 _UNWRITTEN = '{"habits": ["(the teacher\'s answer to the first request)"]}'

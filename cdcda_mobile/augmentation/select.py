@@ -1,7 +1,7 @@
 """What is kept of a teacher's answers, and why the rest is not.
 
 An answer becomes a candidate when no rule of :data:`RULES` objects; each can be left out (``augment.without``), but for those that
-keep held-out texts away. Of the candidates :mod:`cdcda_mobile.choice` keeps the best.
+keep held-out texts away. Of the candidates :mod:`cdcda_mobile.augmentation.choice` keeps the best.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cdcda_mobile.augmentation.prompts import Ask
+from cdcda_mobile.augmentation.textual import contained, grams, jaccard, languages, letter_share, loops, normalized, scripts, words
 from cdcda_mobile.config import AugmentConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import Ask
 from cdcda_mobile.tasks import get_task
-from cdcda_mobile.textual import contained, grams, jaccard, languages, letter_share, loops, normalized, scripts, words
 
 _HELD_OUT_JACCARD = 0.5
 _COPIED_SHARE = 0.6

@@ -16,18 +16,18 @@ from typing import Any
 from cdcda_export.errors import TeacherError
 from cdcda_export.manifest import write_atomic
 from cdcda_export.progress import Progress
-from cdcda_mobile.asking import Asking, Desk, Judged
-from cdcda_mobile.choice import choose
+from cdcda_mobile.augmentation.asking import Asking, Desk, Judged
+from cdcda_mobile.augmentation.choice import choose
+from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.prompts import Planner
+from cdcda_mobile.augmentation.public_inputs import read_inputs
+from cdcda_mobile.augmentation.select import Selector
+from cdcda_mobile.augmentation.style import card_lines, card_request, counted
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
-from cdcda_mobile.held_out import HeldOut
 from cdcda_mobile.history import Record
-from cdcda_mobile.prompts import Planner
-from cdcda_mobile.public_inputs import read_inputs
 from cdcda_mobile.redaction.veil import Veil
-from cdcda_mobile.select import Selector
-from cdcda_mobile.style import card_lines, card_request, counted
 from cdcda_mobile.tasks import get_task
-from cdcda_mobile.teacher import AnswerLog, Budget, Hired, Request, Teacher, hire
+from cdcda_mobile.teachers.teacher import AnswerLog, Budget, Hired, Request, Teacher, hire
 
 KEPT = "kept.jsonl"
 REJECTED = "rejected.jsonl"

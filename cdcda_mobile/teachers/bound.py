@@ -1,4 +1,4 @@
-"""A program that ends when the process that started it does: ``python -m cdcda_mobile.bound PARENT PROGRAM ARGUMENTS``.
+"""A program that ends when the process that started it does: ``python -m cdcda_mobile.teachers.bound PARENT PROGRAM ARGUMENTS``.
 
 What a process asks Linux for here outlives ``exec``, so the program need not know of it.
 """
