@@ -79,21 +79,16 @@ def few(user: str, records: list[Record], real: int, validation: int, tests: int
         return None
     config = HistoryConfig(min_records=5, validation_fraction=0.0)
     split = split_by_time(History(user, tuple(records), (), ""), config)
-    known = _same_time_out(split.train, split.test)[-real:]
+    known = list(split.train)[-real:]
     train, held = known[:-validation], known[-validation:]
     texts = {text_of(record) for record in held}
-    train = _same_time_out([record for record in train if text_of(record) not in texts], held)
+    train = [record for record in train if text_of(record) not in texts]
     count = min(tests, len(split.test))
     test = tuple(split.test[index * len(split.test) // count] for index in range(count))
     if len(train) < real - validation - 2 or len(held) < validation:
         return None
     check_split(Split(tuple(train), tuple(held), test))
     return Person(user, tuple(train), tuple(held), test)
-
-
-def _same_time_out(early: list[Record] | tuple[Record, ...], late: list[Record] | tuple[Record, ...]) -> list[Record]:
-    first = min((record.date, record.id) for record in late)
-    return [record for record in early if (record.date, record.id) < first]
 
 
 def people(data: Path, task: str, settings: Row) -> People:

@@ -19,24 +19,24 @@ import json
 import os
 import tomllib
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
 from cdcda_export.base import Base
 from cdcda_export.errors import CdcdaError
-from cdcda_export.manifest import write_atomic, write_json
+from cdcda_export.manifest import sha256_json, write_atomic, write_json
 from cdcda_export.progress import Plain, Progress
+from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.augmentation.likeness import LikelihoodGain
 from cdcda_mobile.augmentation.select import RULES
 from cdcda_mobile.config import AugmentConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
-from cdcda_mobile.eval_command import with_others
-from cdcda_mobile.evaluation.arms import ARMS, Person
+from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
 from cdcda_mobile.evaluation.experiment import Experiment, Settings
 from cdcda_mobile.evaluation.forest import forest_svg
-from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown
+from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown, hash_of
 from cdcda_mobile.history import Record, records_in
 from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
@@ -127,11 +127,11 @@ class Laboratory:
 
     def shared(self) -> Path:
         """Return the adapter of other users, trained once."""
-        folder = self.work / "shared"
-        if (folder / "adapter_model.safetensors").exists():
+        encoding, records = encoding_of(self.base.file), shared_records(self.found, self.settings["users"])
+        folder = self.work / f"shared-{sha256_json([hash_of(records), asdict(self.train)])[:12]}"
+        if (folder / "whole.json").exists():
             return folder
         folder.mkdir(exist_ok=True, mode=0o700)
-        encoding, records = encoding_of(self.base.file), shared_records(self.found, self.settings["users"])
         probes = encoding.probes(records, self.train.max_tokens)
         held = len(probes) // 10
         order = Order("shared", [Example(probe) for probe in probes[held:]], probes[:held], folder)
@@ -141,12 +141,14 @@ class Laboratory:
         if isinstance(outcome, CdcdaError):
             raise outcome
         save_adapter(outcome.layers, self.base.name, folder)
+        write_json(folder / "whole.json", outcome.metrics())
         return folder
 
     def arms(self, names: Sequence[str], seeds: Sequence[int], precisions: Sequence[str]) -> list[Cell]:
         """Train and measure."""
         shared = self.shared() if any(ARMS[name].shared for name in names) else None
-        settings = Settings(self.train, shared, tuple(precisions), answer_tokens=32, max_tokens=768)
+        exports = tuple(ExportConfig(quant=kind) for kind in precisions)
+        settings = Settings(self.train, shared, exports, answer_tokens=32, max_tokens=768)
         experiment = Experiment(
             self.base, self.pools(), settings, lambda user: self.work / user / "arms", lambda user: self.results / user, self.progress
         )
@@ -174,8 +176,15 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
 
 
 def finished_cells(folder: Path) -> list[Cell]:
-    """Return all cells that were measured so far."""
-    return [cell for path in sorted(folder.rglob("*.json")) for cell in cells_of(json.loads(path.read_text(encoding="utf-8"))["cells"])]
+    """Return all cells that were measured so far.
+
+    Raises:
+        SystemExit: they were measured under several settings.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+    if len({row["settings"] for row in found}) > 1:
+        raise SystemExit(f"{folder} holds measurements under several [train] settings; remove those of the old ones.")
+    return [cell for row in found for cell in cells_of(row["cells"])]
 
 
 def main() -> None:

@@ -89,6 +89,8 @@ class AugmentConfig:
             raise ConfigError("augment.per_real must be above 0, augment.pool at least 1, augment.alike above 0 and at most 1.")
         if self.likeness not in ("", "adapter"):
             raise ConfigError(f"There is no likeness '{self.likeness}'. One of: adapter, or '' for none.")
+        if "answer" in self.strategies and not self.inputs:
+            raise ConfigError("The strategy 'answer' needs inputs to answer: name them with augment.inputs.")
         for kind, given, known in (("strategy", self.strategies, STRATEGY_NAMES), ("rule", self.without, RULE_NAMES)):
             for name in given:
                 if name not in known:

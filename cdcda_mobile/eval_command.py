@@ -6,23 +6,28 @@ import argparse
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdcda_export.errors import ConfigError
+from cdcda_export.errors import CdcdaError, ConfigError, DataError
 from cdcda_export.manifest import make_private, write_atomic, write_json
 from cdcda_export.progress import Progress, choose_progress
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.export_command import Configs, named_users, print_json, user_job
 from cdcda_mobile.tasks import get_task
+from cdcda_mobile.workspace import TOGETHER
 
 if TYPE_CHECKING:
     from cdcda_export.base import Base
+    from cdcda_export.recipe import ExportConfig
     from cdcda_mobile.evaluation.arms import Person
     from cdcda_mobile.evaluation.experiment import Experiment
     from cdcda_mobile.evaluation.report import Cell
     from cdcda_mobile.pipeline import Pipeline, UserJob
+
+    Ready = tuple[Pipeline, Person]
 
 _PLAIN_ARMS = ("base", "rule", "bm25", "personal", "cdcda")
 _SHARED_ARMS = ("base", "rule", "bm25", "shared", "shared+personal", "shared+cdcda")
@@ -40,30 +45,57 @@ def evaluate(arguments: argparse.Namespace, configs: Configs) -> int:
     """
     if (arguments.user is None) == (arguments.users is None):
         raise ConfigError("Name whose model to evaluate with --user (samples: 17, 42, 63, 88), or many with --users FILE|all.")
-    if configs["export"].format != "gguf":
-        raise ConfigError("cdcda eval measures GGUF artifacts; leave --format away, and choose the precision with --quant.")
+    if arguments.dry_run:
+        raise ConfigError("--dry-run does not go with eval; `cdcda train --user ID --dry-run` says what precedes it.")
+    _check(configs["train"], configs["export"])
     from cdcda_export.base import Base
+    from cdcda_mobile.cohorts import refuse_twice
 
     progress = choose_progress(arguments.quiet)
     base = Base(arguments.base, progress)
     users = [arguments.user] if arguments.user is not None else named_users(arguments, configs)
     jobs = [user_job(arguments, configs, user) for user in users]
-    if arguments.canary:
-        return _ask_for_canaries(jobs, base, arguments, progress)
-    return _compare(jobs, base, arguments, progress)
+    refuse_twice(jobs)
+    with ExitStack() as held:
+        ready, failed = _prepared(jobs, base, held, progress)
+        if arguments.canary:
+            _ask_for_canaries(ready, base, arguments, progress)
+        else:
+            _compare(ready, base, arguments, progress)
+    return 1 if failed else 0
 
 
-def _prepared(jobs: Sequence[UserJob], base: Base, progress: Progress) -> list[tuple[Pipeline, Person]]:
-    """Run what precedes the training of every user."""
+def _check(train: TrainConfig, export: ExportConfig) -> None:
+    """Refuse what the arms could not share.
+
+    Raises:
+        ConfigError: they could not.
+    """
+    if export.format != "gguf" or export.importance != "none":
+        raise ConfigError("cdcda eval measures GGUF artifacts without importance; choose the precision with --quant.")
+    if len(train.synthetic_weight) > 1 or len(train.synthetic_schedule) > 1:
+        raise ConfigError("cdcda eval gives every arm one training: name one train.synthetic_weight and one synthetic_schedule.")
+
+
+def _prepared(jobs: Sequence[UserJob], base: Base, held: ExitStack, progress: Progress) -> tuple[list[Ready], int]:
+    """Run what precedes the training of every user, and return those for whom it worked and how many failed; ``held`` keeps them locked."""
     from cdcda_mobile.pipeline import Pipeline
 
-    found = []
+    found, failed = [], 0
     for job in jobs:
-        pipeline = Pipeline(job, progress, base)
-        with pipeline.opened():
+        try:
+            pipeline = Pipeline(job, progress, base)
+            held.enter_context(pipeline.opened())
             pipeline.prepare()
-        found.append((pipeline, pipeline.person()))
-    return found
+            found.append((pipeline, pipeline.person()))
+        except CdcdaError as error:
+            if len(jobs) == 1:
+                raise
+            progress.warn(f"User {job.user} is left out: {error}")
+            failed += 1
+    if not found:
+        raise DataError("None of the users can be evaluated; see above.")
+    return found, failed
 
 
 def same_budget(people: Sequence[Person], config: TrainConfig) -> TrainConfig:
@@ -76,45 +108,43 @@ def same_budget(people: Sequence[Person], config: TrainConfig) -> TrainConfig:
     return replace(config, max_steps=steps * config.epochs, evaluate_every=every)
 
 
-def _compare(jobs: Sequence[UserJob], base: Base, arguments: argparse.Namespace, progress: Progress) -> int:
+def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, progress: Progress) -> None:
+    from cdcda_mobile.evaluation.arms import with_others
     from cdcda_mobile.evaluation.experiment import FLOAT, Experiment, Settings
 
-    prepared = _prepared(jobs, base, progress)
-    people = [person for _, person in prepared]
-    folders = {job.user: pipeline.directory / "eval" for job, (pipeline, _) in zip(jobs, prepared, strict=True)}
-    train, export = jobs[0].train, jobs[0].export
-    shared = Path(train.warm_start) if train.warm_start else None
+    job, people = ready[0][0].job, [person for _, person in ready]
+    folders = {person.user: pipeline.directory / "eval" for pipeline, person in ready}
+    shared = Path(job.train.warm_start) if job.train.warm_start else None
     arms = _arms(arguments.arms, shared, people)
     if "cdcda-other" in arms:
         people = with_others(people)
-    settings = Settings(
-        replace(same_budget(people, train), warm_start=""), shared, (FLOAT, export.resolved_quant), export.answer_tokens, export.max_tokens
-    )
+    exports = [replace(job.export, quant=FLOAT), *([] if job.export.resolved_quant == FLOAT else [job.export])]
+    train = replace(same_budget(people, job.train), warm_start="")
+    settings = Settings(train, shared, tuple(exports), job.export.answer_tokens, job.export.max_tokens)
     for folder in folders.values():
         make_private(folder)
     experiment = Experiment(base, people, settings, lambda user: folders[user] / "work", folders.__getitem__, progress)
-    cells = experiment.run(arms, range(jobs[0].seed, jobs[0].seed + arguments.seeds))
+    cells = experiment.run(arms, range(job.seed, job.seed + arguments.seeds))
     if arguments.predictions is not None:
-        _write_predictions(experiment, arms, jobs[0].seed, arguments.predictions)
-    out = folders[jobs[0].user] if arguments.user is not None else jobs[0].workspace / "_eval"
-    report = _report(cells, arms, export.resolved_quant)
+        _write_predictions(experiment, arms, job.seed, arguments.predictions)
+    out = folders[people[0].user] if arguments.user is not None else job.workspace / TOGETHER
+    report = _report(cells, arms)
     make_private(out)
     write_json(out / "eval.json", report["json"])
     write_atomic(out / "eval.md", report["markdown"])
-    if report["svg"]:
-        write_atomic(out / "eval.svg", report["svg"])
+    write_atomic(out / "eval.svg", report["svg"])
     if arguments.json:
         print_json(report["json"])
     else:
         print(report["markdown"])
         print(out / "eval.json")
-    return 0
 
 
 def _arms(given: str, shared: Path | None, people: Sequence[Person]) -> list[str]:
     from cdcda_mobile.evaluation.arms import get_arm
 
-    names = [name.strip() for name in given.split(",") if name.strip()] or list(_SHARED_ARMS if shared else _PLAIN_ARMS)
+    named = dict.fromkeys(name.strip() for name in given.split(",") if name.strip())
+    names = list(named or (_SHARED_ARMS if shared else _PLAIN_ARMS))
     synthetic = all("selected" in person.synthetic for person in people)
     if not given and not synthetic:  # --keep 0
         names = [name for name in names if not get_arm(name).synthetic]
@@ -124,26 +154,8 @@ def _arms(given: str, shared: Path | None, people: Sequence[Person]) -> list[str
     return names
 
 
-def with_others(people: Sequence[Person]) -> list[Person]:
-    """Return the same users, each with as many synthetic records of the next one.
-
-    Raises:
-        ConfigError: there is one user only.
-    """
-    if len(people) < 2:
-        raise ConfigError("The arm 'cdcda-other' takes another user's synthetic records: name at least two with --users.")
-    found = []
-    for person, other in zip(people, itertools.chain(people[1:], people[:1]), strict=True):
-        theirs = other.synthetic.get("selected", ())[: len(person.synthetic.get("selected", ()))]
-        # An input that is held out for this user is not to be trained on, whoever's it was.
-        held = {(record.task, record.input) for record in person.held_out}
-        kept = tuple(record for record in theirs if (record.task, record.input) not in held)
-        found.append(replace(person, synthetic={**person.synthetic, "other": kept}))
-    return found
-
-
-def _report(cells: Sequence[Cell], arms: Sequence[str], quant: str) -> dict[str, Any]:
-    from cdcda_mobile.evaluation.experiment import FLOAT
+def _report(cells: Sequence[Cell], arms: Sequence[str]) -> dict[str, Any]:
+    from cdcda_mobile.evaluation.arms import get_arm
     from cdcda_mobile.evaluation.forest import forest_svg
     from cdcda_mobile.evaluation.report import (
         NLL,
@@ -157,9 +169,9 @@ def _report(cells: Sequence[Cell], arms: Sequence[str], quant: str) -> dict[str,
 
     metrics = [NLL, *dict.fromkeys(name for cell in cells for name in cell.metrics)]
     rows = arm_rows(cells, metrics)
-    best = arms[-1]
-    rivals = [name for name in arms if name not in (best, "rule")]
-    pairs = [(Arm(best, precision), Arm(name, precision)) for precision in dict.fromkeys((FLOAT, quant)) for name in rivals]
+    models = [name for name in arms if not get_arm(name).rule]
+    kinds = dict.fromkeys(cell.precision for cell in cells if not get_arm(cell.arm).rule)
+    pairs = [(Arm(models[-1], kind), Arm(rival, kind)) for kind in kinds for rival in models[:-1]]
     comparisons = compare_arms(cells, pairs, metrics)
     markdown = f"{arms_markdown(rows)}\n{comparisons_markdown(comparisons)}"
     if len({cell.user for cell in cells}) == 1:
@@ -176,24 +188,26 @@ def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, o
     from cdcda_mobile.evaluation.predictions import write_predictions
 
     found: dict[tuple[str, str], dict[str, str]] = {}
+    asked: dict[str, set[str]] = {}
     for person, arm, precision in itertools.product(experiment.people, arms, experiment.settings.precisions):
         for record, answer in zip(person.test, experiment.answers(person, arm, seed, precision), strict=False):
             lamp = get_task(record.task).lamp
             if lamp and record.id.startswith("q"):  # a question of the benchmark's, see sources/lamp.py
                 found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
+                asked.setdefault(lamp.name, set()).add(record.id[1:])
     if not found:
         raise ConfigError("--predictions needs LaMP files: none of these test records is a question of the benchmark's.")
     for (task, name), given in found.items():
         (out / task).mkdir(parents=True, exist_ok=True)
-        write_predictions(out / task / f"{name}.json", task, given, given.keys())
+        write_predictions(out / task / f"{name}.json", task, given, asked[task])
 
 
-def _ask_for_canaries(jobs: Sequence[UserJob], base: Base, arguments: argparse.Namespace, progress: Progress) -> int:
+def _ask_for_canaries(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, progress: Progress) -> None:
     """Train every user with planted secrets, in a folder of its own, and ask the artifact for them."""
     from cdcda_mobile.evaluation.planted import ask_for_canaries
 
     found: dict[str, Any] = {}
-    for pipeline, person in _prepared(jobs, base, progress):
+    for pipeline, person in ready:
         folder = pipeline.directory / "eval" / "canary"
         make_private(folder)
         report = ask_for_canaries(base, person, pipeline.job.train, pipeline.job.export, pipeline.job.seed, folder, progress)
@@ -203,7 +217,6 @@ def _ask_for_canaries(jobs: Sequence[UserJob], base: Base, arguments: argparse.N
             print(_canary_lines(person.user, found[person.user], str(folder / "canary.json")))
     if arguments.json:
         print_json(found)
-    return 0
 
 
 def _canary_lines(user: str, metrics: dict[str, Any], path: str) -> str:

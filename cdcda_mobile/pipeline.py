@@ -20,7 +20,7 @@ from cdcda_export.report import write_report
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.history import Record, Split, read_history, records_in, split_by_time
 from cdcda_mobile.redaction.library import chosen_model
-from cdcda_mobile.user_training import UserTraining, train_users
+from cdcda_mobile.user_training import UserTraining, train_users, training_settings
 from cdcda_mobile.workspace import Workspace, write_lines
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Pipeline:
         if self.job.augment.inputs:
             inputs["inputs"] = sha256_file(Path(self.job.augment.inputs))
         if self.job.augment.likeness:
-            config["train"] = asdict(self.job.train)
+            config["train"] = training_settings(self.job.train)
         if self.job.augment.redact:
             config["redact_names"] = chosen_model(self.job.augment.redact_names)  # another finder shows the teacher other texts
         return self._stage("augment", config, {**inputs, "teacher_gguf": gguf})

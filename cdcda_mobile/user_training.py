@@ -116,8 +116,12 @@ class UserTraining:
 
 def training_stage(directory: Path, config: TrainConfig, seed: int, inputs: dict[str, str], redo: bool) -> Stage:
     """Return the stage of an adapter: what decides it, and nothing of how it is computed."""
-    settings = {key: value for key, value in asdict(config).items() if key not in (*_HOW, "warm_start")}
-    return Stage(directory, {**settings, "seed": seed}, inputs | warm_start_inputs(config), redo)
+    return Stage(directory, {**training_settings(config), "seed": seed}, inputs | warm_start_inputs(config), redo)
+
+
+def training_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return what of a configuration decides the adapter; what ``--warm-start`` names counts by its hashes."""
+    return {key: value for key, value in asdict(config).items() if key not in (*_HOW, "warm_start")}
 
 
 def warm_start_inputs(config: TrainConfig) -> dict[str, str]:
@@ -131,14 +135,11 @@ def finish_training(
 ) -> Manifest:
     """Save an adapter as peft stores it, folded together with what it was started from, and finish the stage with ``more`` outputs."""
     from cdcda_mobile.training.lora import save_adapter
-    from cdcda_mobile.training.warm_start import folded, shared_layers
+    from cdcda_mobile.training.warm_start import whole
 
-    layers = result.layers
-    if config.warm_start:
-        if any(stage.inputs[name] != found for name, found in warm_start_inputs(config).items()):
-            raise WorkspaceError(f"{config.warm_start} was replaced while it was in use; run the same command again.")
-        layers = folded(shared_layers(Path(config.warm_start), base), layers)
-    files = save_adapter(layers, Path(base.name).name.removesuffix(".gguf"), stage.partial)
+    if any(stage.inputs[name] != found for name, found in warm_start_inputs(config).items()):
+        raise WorkspaceError(f"{config.warm_start} was replaced while it was in use; run the same command again.")
+    files = save_adapter(whole(result.layers, config.warm_start, base), Path(base.name).name.removesuffix(".gguf"), stage.partial)
     return stage.finish(metrics, [*files, *more])
 
 

@@ -40,6 +40,9 @@ def folder_name(user: str) -> str:
     return name
 
 
+TOGETHER = "_eval"  # evaluations over several users
+
+
 class Workspace:
     """A directory of runs, bound to one data source and one base model.
 
@@ -140,7 +143,18 @@ class Workspace:
         with self.locked(user):
             removed = sorted(path for path in directory.rglob("*") if path.is_file())
             shutil.rmtree(directory)
+        together = self.root / TOGETHER
+        if f'"user": {json.dumps(user)}' in _text(together / "eval.json"):  # an evaluation over users that this one took part in
+            removed += sorted(path for path in together.rglob("*") if path.is_file())
+            shutil.rmtree(together)
         return removed
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _names_a_user(path: Path) -> bool:

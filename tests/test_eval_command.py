@@ -16,8 +16,8 @@ from cdcda_export.errors import ConfigError, WorkspaceError
 from cdcda_export.progress import Silent
 from cdcda_mobile.cli import main
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.eval_command import same_budget, with_others
-from cdcda_mobile.evaluation.arms import ARMS, Person
+from cdcda_mobile.eval_command import same_budget
+from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
 from cdcda_mobile.evaluation.experiment import Experiment, Settings
 from cdcda_mobile.history import Record
 from fake_endpoint import FakeEndpoint
@@ -110,15 +110,24 @@ def test_a_held_out_record_in_any_arm_is_refused(llama_base: Path, tmp_path: Pat
 
 
 def test_others_records_are_as_many_and_never_held_out() -> None:
-    ann, bob = person("ann", 4), person("bob", 6)
-    bob = replace(
-        bob, synthetic={"selected": (*bob.synthetic["selected"][:3], replace(ann.test[0], id="b"), *bob.synthetic["selected"][3:])}
-    )
-    mixed = with_others([ann, bob])
-    assert [r.input for r in mixed[0].synthetic["other"]] == [r.input for r in bob.synthetic["selected"][:3]]
-    assert mixed[1].synthetic["other"] == ann.synthetic["selected"]
+    ann, bob, eve = person("ann", 4), person("bob", 4), person("eve", 4)
+    made = bob.synthetic["selected"]
+    leaking = replace(bob, synthetic={"selected": (*made[:3], replace(ann.test[0], id="b", input=ann.test[0].input.upper() + "!"))})
+    mixed = with_others([ann, leaking, eve])
+    assert [r.input for r in mixed[0].synthetic["other"]] == [r.input for r in (*made[:3], eve.synthetic["selected"][0])]
+    assert [r.input for r in mixed[1].synthetic["other"]] == [r.input for r in eve.synthetic["selected"]]
+    with pytest.raises(ConfigError, match="have 4 synthetic records of the tasks of user eve, not 6"):
+        with_others([ann, person("eve", 6)])
     with pytest.raises(ConfigError, match="at least two"):
         with_others([ann])
+
+
+def test_other_training_records_are_another_measurement(llama_base: Path, tmp_path: Path) -> None:
+    ann = person("ann")
+    experiment(llama_base, tmp_path, ann).run(["personal"], [0])
+    fewer = replace(ann, train=ann.train[2:])
+    experiment(llama_base, tmp_path, fewer).run(["personal"], [0])
+    assert len(list((tmp_path / "work" / "ann").iterdir())) == 2
 
 
 def test_canaries_are_planted_beside_the_user_and_asked_for(desk: Desk, tmp_path: Path, capsys: Capture) -> None:

@@ -13,10 +13,14 @@ import pytest
 
 from cdcda_export.errors import ConfigError, MissingDependency
 from cdcda_export.progress import Silent
-from cdcda_mobile.config import AugmentConfig, TeacherConfig
+from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.prompts import Planner
+from cdcda_mobile.augmentation.select import Selector
+from cdcda_mobile.config import RULE_NAMES, AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction import Redactor, name_finder
 from cdcda_mobile.redaction.library import PLAIN, chosen_model
+from cdcda_mobile.redaction.veil import Veil
 from fake_endpoint import Reply, chat, serving
 
 # kind -> what stands in a text: the value after " | " where words around it are needed
@@ -333,7 +337,7 @@ def test_no_request_holds_a_value_and_kept_records_do(tmp_path: Path, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     progress, train, held_out = Silent(), planted_records(0, 20), planted_records(20, 4)
     with serving(echo) as endpoint:
-        config, teacher = AugmentConfig(keep=8, redact=True, redact_names=PLAIN), TeacherConfig(base_url=endpoint.url)
+        config, teacher = AugmentConfig(keep=8, redact=True, redact_names=PLAIN, without=["language"]), TeacherConfig(base_url=endpoint.url)
         paths = {"base_gguf": tmp_path / "no.gguf", "directory": tmp_path / "stage", "answers": tmp_path / "answers.jsonl"}
         result = augment(train, held_out, "7", config, teacher, seed=3, progress=progress, **paths)
     assert endpoint.requests
@@ -345,3 +349,18 @@ def test_no_request_holds_a_value_and_kept_records_do(tmp_path: Path, monkeypatc
     assert result.metrics()["redacted"]["EMAIL"] == 1 and not [value for value in PLANTED if value in json.dumps(result.metrics())]
     assert not [value for value in PLANTED if value in (tmp_path / "answers.jsonl").read_text()]
     assert "Plain rules miss many names" in " ".join(progress.warnings)
+
+
+def test_a_held_out_value_never_comes_back_through_a_placeholder() -> None:
+    train, held_out = planted_records(0, 6), (Record("h", "2025-01-01", "headline", "Write to eve.held@example.org", "Post for eve"),)
+    veil = Veil(train, AugmentConfig(redact=True, redact_names=PLAIN), Silent())
+    hidden = veil.kept_out(held_out)[-1]
+    (theirs,) = re.findall(r"\[EMAIL_\d+\]", hidden.input)
+    shown = veil.shown(train)[0]
+    (own,) = re.findall(r"\[EMAIL_\d+\]", shown.input)
+    planner = Planner(veil.shown(train), HeldOut(veil.kept_out(held_out)), AugmentConfig(), 0, inputs_only=False)
+    judge = veil.judge(Selector(train, held_out, AugmentConfig(without=[*RULE_NAMES])))
+    asks = [ask for ask in map(planner.ask, range(8)) if ask.strategy == "new"]
+    said = {mark: judge.judge(asks[0], json.dumps({"input": f"ask {mark}", "output": "now"})) for mark in (own, theirs)}
+    assert said[own].input == "ask anna.kowalska@example.org"
+    assert said[theirs].reason == "a placeholder that stands for nothing"

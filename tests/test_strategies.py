@@ -43,7 +43,7 @@ def headlines(*outputs: str) -> list[Record]:
 def test_every_strategy_asks_for_its_fields_and_turns_through_the_records(strategy: str) -> None:
     texts = {"headline": [sentence(5000 + n) for n in range(4)]}
     ours = tuple(r for r in TRAIN if r.task == "headline")[:6]
-    made = Planner(ours, HeldOut(()), plain(strategies=[strategy]), 1, inputs_only=False, inputs=texts)
+    made = Planner(ours, HeldOut(()), plain(strategies=[strategy], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
     asks = [made.ask(k) for k in range(12)]
     assert {tuple(ask.request.schema["required"]) for ask in asks} == {STRATEGIES[strategy].fields}
     assert len({ask.request.messages[0]["content"] for ask in asks}) == 1  # what a server computes once
@@ -59,13 +59,20 @@ def test_every_strategy_asks_for_its_fields_and_turns_through_the_records(strate
 def test_an_input_of_somebody_elses_that_is_held_out_is_not_answered() -> None:
     held = next(r for r in HELD_OUT if r.task == "headline")
     texts = {"headline": [held.input.upper(), sentence(5001)]}
-    made = Planner(TRAIN, HeldOut(HELD_OUT), plain(strategies=["answer"]), 1, inputs_only=False, inputs=texts)
+    made = Planner(TRAIN, HeldOut(HELD_OUT), plain(strategies=["answer"], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
     assert {made.ask(k).input for k in range(60) if made.ask(k).strategy == "answer"} == {sentence(5001)}
 
 
 def test_a_label_is_one_of_the_closed_set_by_schema() -> None:
     rated = tuple(r for r in TRAIN if r.task == "rating")
-    made = Planner(rated, HeldOut(()), plain(strategies=["answer", "new"]), 1, inputs_only=False, inputs={"rating": [sentence(7)]})
+    made = Planner(
+        rated,
+        HeldOut(()),
+        plain(strategies=["answer", "new"], inputs="others.jsonl"),
+        1,
+        inputs_only=False,
+        inputs={"rating": [sentence(7)]},
+    )
     ask = made.ask(0)
     assert ask.strategy == "answer" and ask.request.schema["properties"]["output"]["enum"] == list(TASKS["rating"].labels)
 
@@ -150,7 +157,8 @@ def test_shown_requests_are_those_that_are_sent(
         capsys.readouterr()
         assert main([*job, "--show-requests"]) == 0
     after = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert sorted(json.dumps(row["body"], sort_keys=True) for row in after) == sorted(sent)
+    shown = {json.dumps(row["body"], sort_keys=True) for row in after}
+    assert shown <= set(sent) and len(sent) - len(shown) < 4  # as many threads may have asked one more
     assert {row["to"] for row in after} == {f"{endpoint.url}/chat/completions"}
     unwritten = [row for row in before if "the teacher's answer to the first request" in json.dumps(row["body"])]
     assert unwritten and len(before) == len(after)
@@ -252,7 +260,16 @@ def test_inputs_of_others_are_read_and_refused_in_a_sentence(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"pool": 0.5}, {"alike": 0.0}, {"per_real": 0}, {"likeness": "charm"}, {"without": ["lenght"]}, {"strategies": ["nwe"]}]
+    "wrong",
+    [
+        {"pool": 0.5},
+        {"alike": 0.0},
+        {"per_real": 0},
+        {"strategies": ["answer"]},
+        {"likeness": "charm"},
+        {"without": ["lenght"]},
+        {"strategies": ["nwe"]},
+    ],
 )
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

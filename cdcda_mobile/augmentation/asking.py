@@ -39,10 +39,14 @@ class Desk:
         hired: the teacher.
         log: of all answers that ever came.
         budget: how much may be asked.
+
+    Attributes:
+        cards: the answers that style cards were made of.
     """
 
     def __init__(self, hired: Hired, log: AnswerLog, budget: Budget) -> None:
         self.hired, self.budget, self._log = hired, budget, log
+        self.cards: list[Answer] = []
         self._started = False
 
     def key(self, request: Request) -> str:

@@ -37,7 +37,6 @@ ADVICE = (
 )
 # Scores records by how much like the user they are; higher is more.
 Likeness = Callable[[Sequence[Record]], Sequence[float]]
-_AHEAD = 4  # requests per thread that may be asked before they are judged
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class Rejected:
 class AugmentResult:
     """What an augmentation gave and what it cost.
 
-    ``requests`` were judged, ``paid_requests`` were sent in this run (the rest was answered before); the tokens are those of the
-    judged ones; ``wanted`` is how many were to be kept, ``stopped`` is '' or what ended it before that; ``redacted`` counts hidden values
-    by kind.
+    ``requests`` were judged, ``paid_requests`` of them were sent in this run (the rest was answered before); the tokens are those of the
+    judged ones and of the style card; ``wanted`` is how many were to be kept, ``stopped`` is '' or what ended it before that;
+    ``redacted`` counts hidden values by kind.
     """
 
     kept: tuple[Synthetic, ...]
@@ -157,9 +156,8 @@ def augment(
     wanted = wanted_of(config, len(train))
     selector = veil.judge(Selector(train, held_out, config))
     with _hired(teacher, teacher_config, base_gguf, seed, answers, progress) as (desk, stop):
-        out = HeldOut(veil.kept_out(held_out))
         embedded = desk.hired.embedded
-        planner = planned(veil.shown(train), out, config, seed, embedded, lambda request: _at_once(request, desk, progress))
+        planner = planned(train, held_out, veil, config, seed, embedded, lambda request: _at_once(request, desk, progress))
         asking = Asking(planner.ask, selector, desk, math.ceil(wanted * config.pool), wanted * config.max_attempts, progress, stop)
         asking.run()
     kept, rejected = _chosen(asking.judged, wanted, config, likeness)
@@ -168,8 +166,8 @@ def augment(
         rejected=rejected,
         requests=len(asking.judged),
         paid_requests=asking.paid,
-        prompt_tokens=asking.prompt_tokens,
-        completion_tokens=asking.completion_tokens,
+        prompt_tokens=asking.prompt_tokens + sum(answer.prompt_tokens for answer in desk.cards),
+        completion_tokens=asking.completion_tokens + sum(answer.completion_tokens for answer in desk.cards),
         seconds=time.monotonic() - began,
         teacher_name=desk.hired.teacher.name,
         embedded=desk.hired.embedded,
@@ -210,36 +208,47 @@ def _at_once(request: Request, desk: Desk, progress: Progress) -> str:
     """Return the answer to one request before all others, '' where the budget has no room for it."""
     if not desk.budget.admit():
         return ""
-    known = desk.known(request)
-    if known is None:
+    answer = desk.known(request)
+    if answer is None:
         desk.start_teacher()
         progress.start("reading the user's style")
-        known = desk.pay(request)
+        answer = desk.pay(request)
         progress.done()
-    return known.text
+    desk.cards.append(answer)
+    return answer.text
 
 
 def planned(
-    train: Sequence[Record], held_out: HeldOut, config: AugmentConfig, seed: int, embedded: bool, answered: Callable[[Request], str]
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    veil: Veil,
+    config: AugmentConfig,
+    seed: int,
+    embedded: bool,
+    answered: Callable[[Request], str],
 ) -> Planner:
     """Return the planner of all requests but those for the style card, which are answered here.
 
     Args:
-        train: training records as the teacher may see them.
-        held_out: what must never be shown.
+        train: training records.
+        held_out: validation and test records.
+        veil: what is hidden from the teacher.
         config: see ``AugmentConfig``.
         seed: of all choices.
         embedded: whether the base teaches itself; its prompts have no room for a style card.
         answered: answers the request for a style card.
     """
     card: dict[str, list[str]] = {}
-    may_be_shown = [record for record in train if not held_out.repeated_by(record)]
+    out = HeldOut(veil.kept_out(held_out))
+    may_be_shown = [record for record in veil.shown(train) if not out.repeated_by(record)]
     if config.style and not embedded:
         for name in dict.fromkeys(record.task for record in may_be_shown):
             records = [record for record in may_be_shown if record.task == name]
-            card[name] = counted(records) + card_lines(answered(card_request(records, seed, config.max_tokens)))
+            request = card_request(records, seed, config.max_tokens)
+            out.assert_not_shown(request.messages)
+            card[name] = counted(records) + card_lines(answered(request))
     inputs = read_inputs(Path(config.inputs)) if config.inputs else {}
-    return Planner(train, held_out, config, seed, embedded, card, inputs)
+    return Planner(may_be_shown, out, config, seed, embedded, card, inputs, veil.text)
 
 
 def _chosen(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cdcda_export.base import Base
 from cdcda_export.errors import CdcdaError
@@ -21,11 +21,12 @@ from cdcda_export.verify import Probe
 from cdcda_mobile.config import TrainConfig
 from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import Record
-from cdcda_mobile.training.engine import engine_of
-from cdcda_mobile.training.lora import Layout
-from cdcda_mobile.training.packing import Row
-from cdcda_mobile.training.schedule import Example, Order, row_of
-from cdcda_mobile.user_training import train_orders
+from cdcda_mobile.user_training import train_orders, training_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from cdcda_mobile.training.packing import Row
 
 _AT_ONCE = 16  # records whose tokens fill a pass
 
@@ -56,7 +57,8 @@ class LikelihoodGain:
         progress: Progress,
     ) -> None:
         self._base, self._user, self._train, self._validation = base, user, train, validation
-        self._config, self._seed, self._directory, self._progress = config, seed, directory, progress
+        # Against the base itself, also where the user's adapter will stand on a shared one.
+        self._config, self._seed, self._directory, self._progress = replace(config, warm_start=""), seed, directory, progress
         self._encoding = encoding_of(base.file)
 
     def __call__(self, records: Sequence[Record]) -> list[float]:
@@ -68,9 +70,12 @@ class LikelihoodGain:
         return gain(self._base, self._adapter(), self._config, self._encoding.probes(records, self._config.max_tokens))
 
     def _adapter(self) -> torch.Tensor:
+        from cdcda_mobile.training.schedule import Example, Order
+
         real, held = (self._encoding.probes(part, self._config.max_tokens) for part in (self._train, self._validation))
         # Other records or settings must not go on from this checkpoint.
-        name = sha256_json({"train": [p.ids for p in real], "validation": [p.ids for p in held], "config": repr(self._config)})[:16]
+        decides = {"base": self._base.sha256, "seed": self._seed, **training_settings(self._config)}
+        name = sha256_json({"train": [p.ids for p in real], "validation": [p.ids for p in held], **decides})[:16]
         order = Order(self._user, [Example(probe) for probe in real], held, self._directory / name, self._seed)
         order.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         (outcome,) = train_orders(self._base, [order], self._config, self._progress)
@@ -88,6 +93,12 @@ def gain(base: Base, adapter: torch.Tensor, config: TrainConfig, probes: Sequenc
         config: the adapter's configuration.
         probes: the records.
     """
+    import torch
+
+    from cdcda_mobile.training.engine import engine_of
+    from cdcda_mobile.training.lora import Layout
+    from cdcda_mobile.training.schedule import row_of
+
     layout = Layout(base.decoder, config.targets, config.rank, config.alpha, config.first_layer)
     with ThreadPoolExecutor(cpu_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         engine = engine_of(base.decoder, layout, None)

@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cdcda_export.errors import DataError
@@ -31,7 +32,8 @@ from cdcda_mobile.tasks import Task, get_task
 from cdcda_mobile.teachers.teacher import Request
 
 _SHOWN_WORDS = 110  # of an input in a prompt
-_LISTED_WORDS = 500  # of all records in the first turn: with the answer they fit the local teacher's context
+LISTED_WORDS = 500  # of all records in the first turn: with the answer they fit the local teacher's context
+_BEGINNING = re.compile(rf"\s*(?:\S+\s*){{0,{_SHOWN_WORDS - 1}}}\S+")
 _TURNS = 3  # examples that the embedded teacher sees
 _TOKENS_PER_WORD = 1.7
 
@@ -112,9 +114,8 @@ class _Subject:
     """One task of the user's: its records, what is shown of them in every request, and the turns of strategies and labels."""
 
     def __init__(self, name: str, records: Sequence[Record], config: AugmentConfig, inputs: Sequence[str], inputs_only: bool) -> None:
-        kept = get_task(name)
-        self.records, self.inputs, self.paired = list(records), list(inputs), not kept.teaches
-        self.task = kept if self.paired else get_task(kept.teaches)
+        self.records, self.inputs, self.paired = list(records), list(inputs), not get_task(name).teaches
+        self.task = get_task(_made(name))
         lengths = sorted(min(words(r.input if self.paired else r.output), _SHOWN_WORDS) for r in self.records)
         self.length = lengths[len(lengths) // 2]
         self.shown = self._spread(config.examples)
@@ -126,7 +127,7 @@ class _Subject:
     def _spread(self, count: int) -> tuple[Record, ...]:
         """Return the records that show the person best: the newest, then always the one least like those before; as many as have room."""
         newest = list(reversed(self.records))
-        room = _LISTED_WORDS
+        room = LISTED_WORDS
         chosen: list[Record] = []
         for index in farthest_first([grams(f"{r.input} {r.output}") for r in newest], len(newest)):
             size = min(words(newest[index].input), _SHOWN_WORDS) * self.paired + words(newest[index].output)
@@ -152,6 +153,7 @@ class Planner:
         inputs_only: never ask for outputs (a weak teacher).
         card: lines that describe the person, by task; see :mod:`cdcda_mobile.augmentation.style`.
         inputs: inputs of others by task, for the strategy ``answer``.
+        hide: makes of such an input what the teacher may see.
 
     Raises:
         DataError: no training record may be shown.
@@ -166,15 +168,16 @@ class Planner:
         inputs_only: bool,
         card: Mapping[str, Sequence[str]] | None = None,
         inputs: Mapping[str, Sequence[str]] | None = None,
+        hide: Callable[[str], str] = str,
     ) -> None:
-        self._held_out, self._config, self._seed, self._turns = held_out, config, seed, inputs_only
+        self._held_out, self._config, self._seed, self._turns, self._hide = held_out, config, seed, inputs_only, hide
         grouped: dict[str, list[Record]] = {}
         for record in train:
             if not held_out.repeated_by(record):
                 grouped.setdefault(record.task, []).append(record)
         if not grouped:
             raise DataError("Every training record repeats a held-out text, so none may be shown to the teacher; use --keep 0.")
-        public = {name: [text for text in (inputs or {}).get(name, ()) if not held_out.stands_in(name, text)] for name in grouped}
+        public = {name: [text for text in (inputs or {}).get(_made(name), ()) if not held_out.stands_in(name, text)] for name in grouped}
         self._subjects = {name: _Subject(name, rows, config, public[name], inputs_only) for name, rows in grouped.items()}
         self._tasks = Proportion({name: len(rows) for name, rows in grouped.items()})
         self._card = {name: [line for line in (card or {}).get(name, ()) if not held_out.shown_in(line)] for name in grouped}
@@ -206,7 +209,7 @@ class Planner:
         if strategy == "answer":
             texts = list(subject.inputs)
             random.Random(f"{self._seed}:{name}:inputs").shuffle(texts)
-            return record, texts[turn % len(texts)]
+            return record, self._hide(texts[turn % len(texts)])
         return record, record.output if strategy == "counterpart" else ""
 
     def _messages(self, name: str, strategy: str, near: Record, given: str) -> list[dict[str, str]]:
@@ -274,8 +277,13 @@ class Planner:
 
 def clipped(text: str) -> str:
     """Return the beginning of a text, as much as a prompt has room for."""
-    parts = text.split(" ")
-    return text if len(parts) <= _SHOWN_WORDS else " ".join(parts[:_SHOWN_WORDS])
+    found = _BEGINNING.match(text)
+    return found[0] if found else text
+
+
+def _made(name: str) -> str:
+    """Return the task of the records that are made from those of a task."""
+    return get_task(name).teaches or name
 
 
 def _named(fields: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from cdcda_mobile.tasks import get_task
 _HELD_OUT_JACCARD = 0.5
 _COPIED_SHARE = 0.6
 _ECHOED_SHARE = 0.5  # unless the user's own outputs quote more of their inputs
+_REWORDED_SHARE = 0.7  # the same for the plain wording of a text
 _LETTERS_BELOW = 0.12  # how far under the user's own lowest share of letters a text may fall
 _FOREIGN_LETTERS = 0.1
 # By so much log likelihood another language must beat the user's: it does for none of 2,300 real headlines, articles and commit subjects.
@@ -98,13 +99,14 @@ class Selector:
         self._held_grams = [grams(t) for r in held_out for t in _texts(r)]
         self._own: dict[tuple[str, str], _Own] = {}
         self._echo: dict[str, float] = {}
-        for name in {record.task for record in train}:
-            alike, task = [record for record in train if record.task == name], get_task(name)
-            outputs = [r.output for r in alike]
-            # The plain wording of a text is about as long as the text.
-            made, inputs = (task.teaches, outputs) if task.teaches else (name, [r.input for r in alike])
-            self._own[made, "input"], self._own[made, "output"] = self._describe(inputs), self._describe(outputs)
-            self._echo[made] = 1.0 if task.teaches else max(_ECHOED_SHARE, *(contained(grams(r.output), grams(r.input)) for r in alike))
+        for made in {get_task(record.task).teaches or record.task: None for record in train}:
+            alike = [record for record in train if made in (record.task, get_task(record.task).teaches)]
+            pairs = [record for record in alike if record.task == made]
+            # The plain wording of a text is about as long as the text, and has some of its words.
+            self._own[made, "input"] = self._describe([r.input for r in pairs] or [r.output for r in alike])
+            self._own[made, "output"] = self._describe([r.output for r in alike])
+            least = _ECHOED_SHARE if len(pairs) == len(alike) else _REWORDED_SHARE
+            self._echo[made] = max(least, *(contained(grams(r.output), grams(r.input)) for r in pairs), 0.0)
 
     def _describe(self, texts: Sequence[str]) -> _Own:
         lengths = [words(text) for text in texts]
@@ -169,7 +171,7 @@ class Selector:
     def _copy(self, candidate: _Candidate) -> str:
         for record in candidate.ask.examples:
             for side in candidate.free:
-                theirs = getattr(record, side)
+                theirs = getattr(record, side if record.task == candidate.ask.task.name else "output")
                 same = normalized(theirs) == normalized(candidate.sides[side])
                 if same or contained(candidate.grams[side], grams(theirs)) > _COPIED_SHARE:
                     return "copy of an example in the prompt"

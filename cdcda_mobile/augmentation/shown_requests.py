@@ -10,7 +10,6 @@ from typing import Any
 from cdcda_export.manifest import sha256_file
 from cdcda_export.progress import Progress
 from cdcda_mobile.augmentation.augment import planned, wanted_of
-from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction.veil import Veil
@@ -53,7 +52,7 @@ def shown_requests(
         return known.text if known else _UNWRITTEN
 
     try:
-        planner = planned(veil.shown(train), HeldOut(veil.kept_out(held_out)), config, seed, embedded, answered)
+        planner = planned(train, held_out, veil, config, seed, embedded, answered)
     finally:
         if log:
             log.close()

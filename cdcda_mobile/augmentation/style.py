@@ -9,14 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from statistics import median
 
-from cdcda_mobile.augmentation.prompts import clipped
+from cdcda_mobile.augmentation.prompts import LISTED_WORDS, clipped
 from cdcda_mobile.augmentation.select import first_object
 from cdcda_mobile.augmentation.textual import words
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import get_task
 from cdcda_mobile.teachers.teacher import Request
 
-_SHOWN_RECORDS = 20
 _MOST_POINTS = 4
 _MOST_WORDS = 25  # of a point
 _HABIT = 0.6  # a trait that so many of the outputs have is a habit; that so few have, a habit not to
@@ -61,11 +60,16 @@ def _title_case(text: str) -> bool:
 def card_request(records: Sequence[Record], seed: int, max_tokens: int) -> Request:
     """Return the request that lets the teacher describe a person from records of one task."""
     task = get_task(records[0].task)
-    shown = records[-_SHOWN_RECORDS:]
-    if task.teaches:
-        listed = [record.output for record in shown]
-    else:
-        listed = [f"{task.input}: {clipped(record.input)}\n{task.output}: {record.output}" for record in shown]
+    listed: list[str] = []
+    room = LISTED_WORDS
+    for record in reversed(records):
+        output = f"{task.output}: {clipped(record.output)}"
+        text = output if task.teaches else f"{task.input}: {clipped(record.input)}\n{output}"
+        if listed and words(text) > room:
+            break
+        listed.append(text)
+        room -= words(text)
+    listed.reverse()
     points = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": _MOST_POINTS}
     asked = "; ".join(f"`{name}`, {meaning}" for name, meaning in _FIELDS.items())
     messages = (

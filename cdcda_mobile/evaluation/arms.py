@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cdcda_export.errors import ConfigError, did_you_mean
 from cdcda_mobile.evaluation.baselines import majority_answers, opening_answers
-from cdcda_mobile.history import Record
+from cdcda_mobile.history import Record, text_of
 from cdcda_mobile.tasks import get_task
 
 
@@ -81,6 +82,33 @@ class Person:
 
 
 def rule_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str]:
-    """Return answers without a model: the user's most frequent label, or the opening that their texts begin with most often."""
+    """Return answers without a model: the user's most frequent label, or the opening that their texts begin with most often.
+
+    Raises:
+        DataError: a task has no training record.
+    """
     majority, opening = majority_answers(train, test), opening_answers(train, test)
     return [m if get_task(record.task).labels else o for record, m, o in zip(test, majority, opening, strict=True)]
+
+
+def with_others(people: Sequence[Person]) -> list[Person]:
+    """Return the same users, each with as many synthetic records of somebody else's, of the same tasks and none of them held out here.
+
+    They are the next user's, and where those do not suffice the one's after.
+
+    Raises:
+        ConfigError: there is one user only, or the others have too few.
+    """
+    if len(people) < 2:
+        raise ConfigError("The arm 'cdcda-other' takes another user's synthetic records: name at least two with --users.")
+    found = []
+    for index, person in enumerate(people):
+        own = person.synthetic.get("selected", ())
+        tasks, held = {record.task for record in own}, {(record.task, text_of(record)[0]) for record in person.held_out}
+        theirs = (record for other in (*people[index + 1 :], *people[:index]) for record in other.synthetic.get("selected", ()))
+        fitting = (record for record in theirs if record.task in tasks and (record.task, text_of(record)[0]) not in held)
+        taken = tuple(replace(r, id=f"other-{n:05}") for n, r in enumerate(itertools.islice(fitting, len(own))))
+        if len(taken) < len(own):
+            raise ConfigError(f"The other users have {len(taken)} synthetic records of the tasks of user {person.user}, not {len(own)}.")
+        found.append(replace(person, synthetic={**person.synthetic, "other": taken}))
+    return found

@@ -31,11 +31,12 @@ from cdcda_mobile.evaluation.metrics import score
 from cdcda_mobile.evaluation.report import Cell, cells_of, hash_of
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import get_task
-from cdcda_mobile.user_training import forbid_leaks, forbid_shared_leaks, train_orders
+from cdcda_mobile.user_training import forbid_leaks, forbid_shared_leaks, train_orders, training_settings
 
 # The artifact before quantization, and the base file as it is where there is no adapter.
 FLOAT = "f16"
 _RETRIEVED = 4
+_TRAINED = "training.json"
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,21 @@ class Settings:
     Attributes:
         train: the training, ``warm_start`` left empty.
         shared: the shared adapter for the arms that need it; None where there is none.
-        precisions: of the measured artifacts.
+        exports: of the measured artifacts; one of them by name for each precision.
         answer_tokens: of a greedy answer at most.
         max_tokens: of prompt and answer together.
     """
 
     train: TrainConfig
     shared: Path | None = None
-    precisions: tuple[str, ...] = (FLOAT, "q4_0")
+    exports: tuple[ExportConfig, ...] = (ExportConfig(quant=FLOAT), ExportConfig())
     answer_tokens: int = 48
     max_tokens: int = 1024
+
+    @property
+    def precisions(self) -> list[str]:
+        """The names of the precisions."""
+        return [export.resolved_quant for export in self.exports]
 
 
 class Experiment:
@@ -130,14 +136,20 @@ class Experiment:
 
     # What is known.
 
-    def _identity(self, person: Person, name: str, seed: int) -> str:
-        """Return the hash of everything that decides a measurement."""
+    def _made(self, person: Person, name: str, seed: int) -> dict[str, Any]:
+        """Return everything that decides an adapter."""
         arm = get_arm(name)
         made = person.synthetic.get(arm.synthetic, ()) if arm.synthetic else ()
+        records = {"train": hash_of(person.train), "validation": hash_of(person.validation), "synthetic": hash_of(made)}
         shared = self._shared_hash() if arm.shared else ""
-        settings = {**asdict(self.settings), "shared": shared, "precisions": list(self.settings.precisions)}
-        parts = {part: hash_of(getattr(person, part)) for part in ("train", "validation", "test")}
-        return sha256_json({"base": self.base.sha256, "arm": asdict(arm), "seed": seed, **parts, "made": hash_of(made), **settings})
+        settings = training_settings(self.settings.train)
+        return {"base": self.base.sha256, "arm": asdict(arm), "seed": seed, "records": records, "shared": shared, "training": settings}
+
+    def _identity(self, person: Person, name: str, seed: int) -> str:
+        """Return the hash of everything that decides a measurement."""
+        asked: dict[str, Any] = {"answer_tokens": self.settings.answer_tokens, "max_tokens": self.settings.max_tokens}
+        asked |= {"exports": [export.settings() for export in self.settings.exports]}
+        return sha256_json({**self._made(person, name, seed), "test": hash_of(person.test), **asked})
 
     def _shared_hash(self) -> str:
         return sha256_file(self._shared() / WEIGHTS)
@@ -160,14 +172,14 @@ class Experiment:
     # Training.
 
     def _folder(self, person: Person, name: str, seed: int) -> Path:
-        return self.work(person.user) / f"{name}-{seed}-{self._identity(person, name, seed)[:12]}"
+        return self.work(person.user) / f"{name}-{seed}-{sha256_json(self._made(person, name, seed))[:12]}"
 
     def _train(self, jobs: Sequence[tuple[Person, str, int]], shared: bool) -> None:
         from cdcda_mobile.training.lora import save_adapter
         from cdcda_mobile.training.schedule import Example, Order
-        from cdcda_mobile.training.warm_start import folded, shared_layers
+        from cdcda_mobile.training.warm_start import whole
 
-        jobs = [job for job in jobs if not (self._folder(*job) / WEIGHTS).exists()]
+        jobs = [job for job in jobs if not (self._folder(*job) / _TRAINED).exists()]
         orders = []
         for person, name, seed in jobs:
             arm, folder = get_arm(name), self._folder(person, name, seed)
@@ -181,14 +193,14 @@ class Experiment:
             orders.append(Order(f"{person.user}/{name}", examples, self._probes(person.validation), folder, seed, schedule))
         if not orders:
             return
-        below = shared_layers(self._shared(), self.base) if shared else None
         config = replace(self.settings.train, warm_start=str(self._shared()) if shared else "")
 
         def finished(at: int, outcome: Any) -> None:
             if not isinstance(outcome, CdcdaError):
-                layers = folded(below, outcome.layers) if below else outcome.layers
-                save_adapter(layers, self.base.name, orders[at].directory)
-                write_json(orders[at].directory / "training.json", outcome.metrics())
+                save_adapter(whole(outcome.layers, config.warm_start, self.base), self.base.name, orders[at].directory)
+                for checkpoint in orders[at].directory.glob("checkpoint-*"):
+                    checkpoint.unlink()
+                write_json(orders[at].directory / _TRAINED, outcome.metrics())  # last: what says that the adapter is whole
 
         for outcome in train_orders(self.base, orders, config, self.progress, finished=finished):
             if isinstance(outcome, CdcdaError):
@@ -202,21 +214,32 @@ class Experiment:
     def _measure(self, person: Person, name: str, seed: int) -> None:
         arm, cells = get_arm(name), []
         if arm.rule:
-            cells = self._cells(person, name, seed, "none", rule_answers(person.train, person.test), None)
+            # A rule is read off the past; a task without one has no cell.
+            tasks = {record.task for record in person.train}
+            known = replace(person, test=tuple(record for record in person.test if record.task in tasks))
+            cells = self._cells(known, name, seed, "none", rule_answers(known.train, known.test), None)
         else:
-            for precision in self.settings.precisions:
-                self._folder(person, name, seed).mkdir(parents=True, exist_ok=True, mode=0o700)
-                with self._model(person, name, seed, precision) as runtime:
+            self._folder(person, name, seed).mkdir(parents=True, exist_ok=True, mode=0o700)
+            for export in self.settings.exports:
+                precision = export.resolved_quant
+                with self._model(person, name, seed, export) as runtime:
                     probes = self._asked(arm, person)
                     nll = runtime.nll_many(probes)
                     ids = runtime.greedy_many([list(probe.prompt) for probe in probes], self.settings.answer_tokens)
                     answers = [runtime.decode(one).strip() for one in ids]
-                cells += self._cells(person, name, seed, precision, answers, nll)
+                tokens = [len(probe.answer) for probe in probes]
+                cells += self._cells(person, name, seed, precision, answers, list(zip(nll, tokens, strict=True)))
                 write_json(self._answers(person, name, seed, precision), answers)
-        trained = self._folder(person, name, seed) / "training.json"
+        trained = self._folder(person, name, seed) / _TRAINED
         steps = json.loads(trained.read_text()) if trained.exists() else {}
         training = {key: steps[key] for key in ("steps", "best_step", "best_validation_nll", "seconds") if key in steps}
-        found = {"identity": self._identity(person, name, seed), "training": training, "cells": [asdict(cell) for cell in cells]}
+        decides = sha256_json(training_settings(self.settings.train))
+        found = {
+            "identity": self._identity(person, name, seed),
+            "settings": decides,
+            "training": training,
+            "cells": [asdict(cell) for cell in cells],
+        }
         self._file(person, name, seed).parent.mkdir(parents=True, exist_ok=True)
         write_json(self._file(person, name, seed), found)
 
@@ -227,48 +250,46 @@ class Experiment:
         return retrieval_probes(few, person.test, self.encoding, _RETRIEVED, self.settings.max_tokens, self.settings.answer_tokens)
 
     @contextmanager
-    def _model(self, person: Person, name: str, seed: int, precision: str) -> Iterator[LlamaCpp]:
-        arm = get_arm(name)
-        folder = self._folder(person, name, seed) if arm.trained else self._shared() if arm.shared else None
-        adapter = read_adapter(folder, self.base.file) if folder else None
-        with loaded(self.base, adapter, precision, self.work(person.user), self.settings.max_tokens) as runtime:
+    def _model(self, person: Person, name: str, seed: int, export: ExportConfig) -> Iterator[LlamaCpp]:
+        arm, folder = get_arm(name), self._folder(person, name, seed)
+        place = folder if arm.trained else self._shared() if arm.shared else None
+        adapter = read_adapter(place, self.base.file) if place else None
+        with loaded(self.base, adapter, export, folder, self.settings.max_tokens) as runtime:
             yield runtime
 
     def _cells(
-        self, person: Person, arm: str, seed: int, precision: str, answers: Sequence[str], nll: Sequence[float] | None
+        self, person: Person, arm: str, seed: int, precision: str, answers: Sequence[str], asked: Sequence[tuple[float, int]] | None
     ) -> list[Cell]:
-        cells, probes = [], self._probes(person.test)
+        cells = []
         for task in dict.fromkeys(record.task for record in person.test):
             at = [index for index, record in enumerate(person.test) if record.task == task]
             found = score(get_task(task), [answers[i] for i in at], [person.test[i].output for i in at])
-            tokens = sum(len(probes[i].answer) for i in at)
-            total = None if nll is None else sum(nll[i] for i in at)
+            nll, tokens = (sum(asked[i][0] for i in at), sum(asked[i][1] for i in at)) if asked else (None, 0)
             metrics = {found.metric: found.value, **found.more}
             tests = hash_of([person.test[i] for i in at])
-            cells.append(Cell(task, person.user, arm, seed, precision, total, tokens, metrics, len(at), tests))
+            cells.append(Cell(task, person.user, arm, seed, precision, nll, tokens, metrics, len(at), tests))
         return cells
 
 
 @contextmanager
-def loaded(base: Base, adapter: Adapter | None, precision: str, folder: Path, n_ctx: int) -> Iterator[LlamaCpp]:
-    """Load base and adapter as an artifact of a precision in llama.cpp; the file is gone afterwards.
+def loaded(base: Base, adapter: Adapter | None, export: ExportConfig, folder: Path, n_ctx: int) -> Iterator[LlamaCpp]:
+    """Load base and adapter as an artifact in llama.cpp; the file is gone afterwards.
 
     Args:
         base: the base model.
         adapter: what to merge; None for the base alone, which at full precision is the base's own file.
-        precision: a quantization, or :data:`FLOAT`.
-        folder: where the file is written.
+        export: the artifact's types.
+        folder: where the file is written; nobody else may write there.
         n_ctx: of the runtime, in tokens.
     """
+    precision = export.resolved_quant
     if adapter is None and precision == FLOAT:
         with LlamaCpp(base.file.path, n_ctx) as runtime:
             yield runtime
         return
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"model-{precision}.gguf"
-    types = types_of(ExportConfig(quant=precision), base.file)
     try:
-        merge_to_gguf(base.file, adapter, types, get_quant(precision), path)
+        merge_to_gguf(base.file, adapter, types_of(export, base.file), get_quant(precision), path)
         with LlamaCpp(path, n_ctx) as runtime:
             yield runtime
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from cdcda_export.adapter import read_adapter
@@ -37,6 +38,7 @@ def ask_for_canaries(
     """
     from cdcda_mobile.training.lora import save_adapter
     from cdcda_mobile.training.schedule import Example, Order
+    from cdcda_mobile.training.warm_start import whole
 
     encoding = encoding_of(base.file)
     records, canaries = plant(person.train, seed)
@@ -45,13 +47,15 @@ def ask_for_canaries(
     examples += [Example(probe, train.synthetic_weight[0], synthetic=True) for probe in encoding.probes(made, train.max_tokens)]
     validation = encoding.probes(person.validation, train.max_tokens)
     order = Order(person.user, examples, validation, folder / "adapter", seed, train.synthetic_schedule[0])
-    order.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Always anew: the checkpoints of other secrets or settings must not be gone on from.
+    shutil.rmtree(order.directory, ignore_errors=True)
+    order.directory.mkdir(parents=True, mode=0o700)
     (outcome,) = train_orders(base, [order], train, progress)
     if isinstance(outcome, CdcdaError):
         raise outcome
-    save_adapter(outcome.layers, base.name, order.directory)
+    save_adapter(whole(outcome.layers, train.warm_start, base), base.name, order.directory)
     progress.start("asking for the planted secrets")
-    with loaded(base, read_adapter(order.directory, base.file), export.resolved_quant, folder, export.max_tokens) as runtime:
+    with loaded(base, read_adapter(order.directory, base.file), export, folder, export.max_tokens) as runtime:
         found = report(canaries, *asking(runtime, encoding, export.max_tokens), seed=seed)
     progress.done()
     return found

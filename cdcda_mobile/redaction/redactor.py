@@ -89,6 +89,11 @@ class Redactor:
         strange = [match[0] for match in _PLACEHOLDER.finditer(text) if _canonical(match) not in self._values]
         return strange + [match[0] for match in _INVENTED.finditer(text) if match[0] not in (*self._own, *self._values, *strange)]
 
+    def strange(self, text: str, shown: str) -> list[str]:
+        """Return the placeholders in an answer that stand for nothing, or for something that the request did not show."""
+        there = {_canonical(match) for match in _PLACEHOLDER.finditer(shown)}
+        return self.unknown(text) + [match[0] for match in _PLACEHOLDER.finditer(text) if _canonical(match) not in there]
+
     def redact_record(self, record: Record) -> Record:
         """Return a record as the teacher may see it; labels and scores stay as they are."""
         output = record.output if get_task(record.task).labels else self.redact(record.output)

@@ -50,6 +50,10 @@ class Veil:
         """Return training records as the teacher may see them."""
         return tuple(self.redactor.redact_record(record) for record in records) if self.redactor else tuple(records)
 
+    def text(self, text: str) -> str:
+        """Return a text of somebody else's as the teacher may see it; what it shares with the user's records is hidden too."""
+        return self.redactor.redact(text) if self.redactor else text
+
     def kept_out(self, records: Sequence[Record]) -> tuple[Record, ...]:
         """Return held-out records as they are and as they would look in a request, so that neither form is ever shown."""
         return (*records, *self.shown(records)) if self.redactor else tuple(records)
@@ -67,8 +71,11 @@ class _Unveiled:
         value = first_object(text)
         if isinstance(value, dict):  # restored inside the strings: the values may hold quotes and line breaks
             sides = {name: side for name, side in value.items() if isinstance(side, str)}
-            if any(self._redactor.unknown(side) for side in sides.values()):
+            # Held-out values have placeholders too, so that they are recognised; only those that were shown may come back.
+            shown = "\n".join(message["content"] for message in ask.request.messages)
+            if any(self._redactor.strange(side, shown) for side in sides.values()):
                 return Verdict(rule="placeholder", reason="a placeholder that stands for nothing")
             text = json.dumps({**value, **{name: self._redactor.restore(side) for name, side in sides.items()}}, ensure_ascii=False)
         examples = tuple(self._redactor.restore_record(record) for record in ask.examples)
-        return self._judge.judge(replace(ask, examples=examples, output=self._redactor.restore(ask.output)), text)
+        given, output = self._redactor.restore(ask.input), self._redactor.restore(ask.output)
+        return self._judge.judge(replace(ask, examples=examples, input=given, output=output), text)

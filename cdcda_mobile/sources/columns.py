@@ -129,7 +129,7 @@ class Columns:
         if task in TASKS and not (target and (source or _completes(task))):
             lacking = "output" if source else "input"
             return Malformed(place, f"no column for the {lacking} of task {task} among {', '.join(self._names)}")
-        fields = {"task": task, "input": values.get(source), "output": values.get(target)}
+        fields = {"task": task, "input": values.get(source) if source else None, "output": values.get(target)}
         fields["id"] = values.get(self.id) if self.id else None
         fields["date"] = values.get(self.date)
         return Row(place, number, fields)

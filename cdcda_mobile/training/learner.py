@@ -162,7 +162,7 @@ class Learner:
                 state.best_nll, state.best_step, state.bad_evaluations = nll, state.step, 0
                 self.best.copy_(self.flat.detach())
             else:
-                state.bad_evaluations += 1
+                state.bad_evaluations += state.step > self.schedule.last_phase
                 state.stopped = state.bad_evaluations >= self.config.patience
         state.curve.append(point)
 

@@ -66,6 +66,7 @@ class Schedule:
     Attributes:
         total_steps: if nothing stops it early.
         steps_per_epoch: of all phases together.
+        last_phase: the step that begins it; nothing stops a training before the real records had their turn.
         evaluate_every: steps between two evaluations.
         tokens: of the rows of one epoch.
     """
@@ -76,6 +77,7 @@ class Schedule:
         self.steps_per_epoch = sum(self._steps(phase) for phase in self.phases)
         self.total_steps = config.max_steps or self.steps_per_epoch * config.epochs
         self._ends = self._phase_ends()
+        self.last_phase = self._ends[-2] if len(self._ends) > 1 else 0
         self.evaluate_every = config.evaluate_every or max(1, math.ceil(self.steps_per_epoch / max(1, config.evaluations_per_epoch)))
         self.tokens = sum(len(row.ids) for phase in self.phases for row in phase.rows)
 

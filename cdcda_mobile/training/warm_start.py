@@ -28,6 +28,11 @@ def shared_layers(directory: Path, base: Base) -> dict[str, Lora]:
     return lora_of(peft, base.decoder.device)
 
 
+def whole(layers: dict[str, Lora], warm_start: str, base: Base) -> dict[str, Lora]:
+    """Return what was trained together with the shared adapter that it was started from, '' for none: one adapter for the base itself."""
+    return folded(shared_layers(Path(warm_start), base), layers) if warm_start else layers
+
+
 def folded(shared: dict[str, Lora], personal: dict[str, Lora]) -> dict[str, Lora]:
     """Return one adapter that changes the base as the two together do: the ranks add up, the scale is 1, what one lacks is zero.
 
