@@ -85,7 +85,7 @@ def few(user: str, records: list[Record], real: int, validation: int, tests: int
     train = [record for record in train if text_of(record) not in texts]
     count = min(tests, len(split.test))
     test = tuple(split.test[index * len(split.test) // count] for index in range(count))
-    if len(train) < real - validation - 2 or len(held) < validation:
+    if len(train) + len(held) < 0.9 * real or not train or len(held) < validation:
         return None
     check_split(Split(tuple(train), tuple(held), test))
     return Person(user, tuple(train), tuple(held), test)
@@ -106,6 +106,21 @@ def people(data: Path, task: str, settings: Row) -> People:
     first, last = settings["development"], settings["development"] + settings["test"]
     chosen = {person.user for person in able[:last]}
     return People(able[:first], able[first:last], {user: rows for user, rows in everybody.items() if user not in chosen})
+
+
+def curve_people(data: Path, task: str, settings: Row, curve: Row) -> dict[int, list[Person]]:
+    """Return number of real records -> the same users with so many: nobody who was tuned on, all with enough for the most."""
+    everybody, most = histories(data, task), max(curve["real"])
+    tuned = {person.user for person in people(data, task, settings).development}
+    names = [user for user in sorted(everybody) if user not in tuned]
+    random.Random(f"curve of {task}").shuffle(names)
+    found: dict[int, list[Person]] = {real: [] for real in curve["real"]}
+    for user in names:
+        known = {real: few(user, everybody[user], real, max(1, real // 5), settings["tests"]) for real in curve["real"]}
+        if len(found[most]) < curve["users"] and all(known.values()):
+            for real, person in known.items():
+                found[real].append(person)
+    return found
 
 
 def public_inputs(found: People, task: str) -> list[Row]:

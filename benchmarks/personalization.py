@@ -9,6 +9,7 @@ time. The teacher's answers and the adapters lie in --work and hold people's wor
 
     CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME] [--development]
     CDCDA_DATA=... python benchmarks/personalization.py arms  --teacher MODEL.gguf [--task NAME] [--development] [--arms A,B]
+    CDCDA_DATA=... python benchmarks/personalization.py curve --teacher MODEL.gguf
     CDCDA_DATA=... python benchmarks/personalization.py report
 """
 
@@ -42,7 +43,7 @@ from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
 from cdcda_mobile.user_training import train_orders
 from laboratory import RESULTS, write_results
-from personal_users import SOURCES, people, public_inputs, shared_records
+from personal_users import SOURCES, curve_people, people, public_inputs, shared_records
 
 HERE = Path(__file__).resolve().parent
 FIGURES = {  # figure: the arms whose difference it is
@@ -54,6 +55,8 @@ FIGURES = {  # figure: the arms whose difference it is
     "cdcda_minus_base_nll": ("cdcda", "base"),
 }
 PRECISIONS = ("f16", "q4_0")
+MAIN_METRICS = ("ROUGE-L", "accuracy")
+CURVE = "personalization_curve"
 
 
 class Laboratory:
@@ -62,22 +65,25 @@ class Laboratory:
     Args:
         task: a key of ``SOURCES``.
         settings: ``personalization.toml``.
-        development: the users that choices are tuned on, instead of those that are tested.
         data: the shared data.
         work: where answers and adapters lie.
+        results: receives a folder for each user.
         teacher: the teacher's GGUF; None where every answer is known.
         progress: told what goes on.
+
+    Attributes:
+        found: the task's users.
+        people: those that are measured: the test users, if the caller does not choose others.
     """
 
     def __init__(
-        self, task: str, settings: dict[str, Any], development: bool, data: Path, work: Path, teacher: Path | None, progress: Progress
+        self, task: str, settings: dict[str, Any], data: Path, work: Path, results: Path, teacher: Path | None, progress: Progress
     ) -> None:
         self.task, self.settings, self.progress, self.teacher = task, settings, progress, teacher
         self.found = people(data, task, settings["users"])
-        self.people = self.found.development if development else self.found.test
+        self.people = self.found.test
         self.base = Base(None, progress)
-        self.work = work / task
-        self.results = (work / "development" if development else RESULTS / "personalization") / task
+        self.work, self.results = work, results
         self.train = TrainConfig(**settings["train"])
         self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
         inputs = self.work / "inputs.jsonl"
@@ -165,9 +171,11 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
     figures: dict[str, float] = {}
     for name, (a, b) in FIGURES.items():
         for one in compared:
-            if (one.a, one.b, one.metric) == (Arm(a, "f16"), Arm(b, "f16"), NLL):
-                found = {"": one.difference.mean, "_low": one.difference.low, "_high": one.difference.high}
-                figures |= {f"{one.task}_{name}{end}": value for end, value in found.items() if value is not None}
+            if (one.a, one.b) != (Arm(a, "f16"), Arm(b, "f16")) or one.metric not in (NLL, *MAIN_METRICS):
+                continue
+            place = f"{one.task}_{name if one.metric == NLL else name.replace('_nll', '_metric')}"
+            found = {"": one.difference.mean, "_low": one.difference.low, "_high": one.difference.high}
+            figures |= {f"{place}{end}": value for end, value in found.items() if value is not None}
     data = {
         "arms": [[row.task, *row.arm, row.metric, row.estimate.mean, row.estimate.low, row.estimate.high, row.estimate.n] for row in rows],
         "comparisons": [[c.task, str(c.a), str(c.b), c.metric, *astuple(c.difference)] for c in compared],
@@ -190,7 +198,7 @@ def finished_cells(folder: Path) -> list[Cell]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("pools", "arms", "report"))
+    parser.add_argument("stage", choices=("pools", "arms", "curve", "report"))
     parser.add_argument("--teacher", type=Path, help="GGUF of the teacher; nothing is asked where it is left out and all is known")
     parser.add_argument("--task", choices=(*SOURCES,), action="append")
     parser.add_argument("--development", action="store_true", help="the users that choices are tuned on; results stay in --work")
@@ -208,17 +216,30 @@ def main() -> None:
         figures, found, markdown, svg = tables(finished_cells(RESULTS / "personalization"))
         print(markdown)
         write_atomic(RESULTS / "personalization.svg", svg)
-        write_results("personalization", figures, {"settings": settings, **found})
+        curve = (
+            {path.name: tables(finished_cells(path))[0] for path in sorted((RESULTS / CURVE).iterdir())}
+            if (RESULTS / CURVE).exists()
+            else {}
+        )
+        write_results("personalization", figures, {"settings": settings, **found, "curve": curve})
+        return
+    seeds, names = settings["users"]["seeds"][: options.seeds], options.arms.split(",")
+    if options.stage == "curve":
+        task = settings["curve"]["task"]
+        for real, chosen in curve_people(data, task, settings["users"], settings["curve"]).items():
+            work, results = options.work / f"curve-{real}" / task, RESULTS / CURVE / str(real)
+            laboratory = Laboratory(task, settings, data, work, results, options.teacher, progress)
+            laboratory.people = chosen[: options.users or None]
+            print(f"{real} real records\n{tables(laboratory.arms(['personal', 'cdcda'], seeds, PRECISIONS[:1]))[2]}")
         return
     for task in options.task or SOURCES:
-        laboratory = Laboratory(task, settings, options.development, data, options.work, options.teacher, progress)
-        laboratory.people = laboratory.people[: options.users or None]
+        results = (options.work / "development" if options.development else RESULTS / "personalization") / task
+        laboratory = Laboratory(task, settings, data, options.work / task, results, options.teacher, progress)
+        laboratory.people = (laboratory.found.development if options.development else laboratory.found.test)[: options.users or None]
         if options.stage == "pools":
             laboratory.pools()
-            continue
-        precisions = PRECISIONS[:1] if options.quick else PRECISIONS
-        cells = laboratory.arms(options.arms.split(","), settings["users"]["seeds"][: options.seeds], precisions)
-        print(tables(cells)[2])
+        else:
+            print(tables(laboratory.arms(names, seeds, PRECISIONS[:1] if options.quick else PRECISIONS))[2])
 
 
 if __name__ == "__main__":

@@ -111,12 +111,13 @@ class Schedule:
         return [rows[i] for i in order[at * size : (at + 1) * size]]
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of a step: linear warm-up, then a cosine down to 5 %, times the phase's factor."""
-        rate = self.config.learning_rate * self.phases[self._place(step)[0]].rate
-        warmup = max(1, round(self.total_steps * self.config.warmup_fraction))
-        if step < warmup:
-            return rate * (step + 1) / warmup
-        rest = (step - warmup) / max(1, self.total_steps - warmup)
+        """Return the rate of a step: in each phase a linear warm-up, then a cosine down to 5 %, times the phase's factor."""
+        index, within = self._place(step)
+        rate, steps = self.config.learning_rate * self.phases[index].rate, self._ends[index] - (self._ends[index - 1] if index else 0)
+        warmup = max(1, round(steps * self.config.warmup_fraction))
+        if within < warmup:
+            return rate * (within + 1) / warmup
+        rest = (within - warmup) / max(1, steps - warmup)
         return rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest)))
 
 
