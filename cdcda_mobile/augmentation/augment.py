@@ -158,7 +158,7 @@ def augment(
     with _hired(teacher, teacher_config, base_gguf, seed, answers, progress) as (desk, stop):
         embedded = desk.hired.embedded
         planner = planned(train, held_out, veil, config, seed, embedded, lambda request: _at_once(request, desk, progress))
-        asking = Asking(planner.ask, selector, desk, math.ceil(wanted * config.pool), wanted * config.max_attempts, progress, stop)
+        asking = Asking(planner.ask, selector, desk, candidates_of(config, wanted, embedded), wanted * config.max_attempts, progress, stop)
         asking.run()
     kept, rejected = _chosen(asking.judged, wanted, config, likeness)
     result = AugmentResult(
@@ -184,6 +184,11 @@ def augment(
 def wanted_of(config: AugmentConfig, real: int) -> int:
     """Return how many synthetic records are kept beside so many real ones."""
     return min(config.keep, max(1, int(config.per_real * real)))
+
+
+def candidates_of(config: AugmentConfig, wanted: int, embedded: bool) -> int:
+    """Return how many candidates are gathered; the base that teaches itself is slow and its records are much alike, so none to spare."""
+    return wanted if embedded else math.ceil(wanted * config.pool)
 
 
 @contextmanager

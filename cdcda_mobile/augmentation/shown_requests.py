@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cdcda_export.manifest import sha256_file
 from cdcda_export.progress import Progress
-from cdcda_mobile.augmentation.augment import planned, wanted_of
+from cdcda_mobile.augmentation.augment import candidates_of, planned, wanted_of
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction.veil import Veil
@@ -58,7 +57,7 @@ def shown_requests(
             log.close()
     for request in cards:
         yield {"to": url, "body": request_body(request, name, FORMATS[0], {})}
-    for k in range(math.ceil(wanted_of(config, len(train)) * config.pool)):
+    for k in range(candidates_of(config, wanted_of(config, len(train)), embedded)):
         yield {"to": url, "body": request_body(planner.ask(k).request, name, FORMATS[0], {})}
 
 
