@@ -70,8 +70,9 @@ STRATEGIES: dict[str, Strategy] = {
 }
 _LABELLED = Strategy(
     ("input",),
-    "Write another {input} that this person would answer with the {output} `{given}`, in about {length} words. It is on another matter "
-    "than this one:\n\n{record}",
+    # No record beside the question: a weak teacher would copy it.
+    "Write another {input} that this person would answer with the {output} `{given}`, in about {length} words, on a matter that is not "
+    "above.",
 )
 
 
@@ -228,9 +229,10 @@ class Planner:
         subject = self._subjects[name]
         task, records = subject.task, "\n\n".join(subject.listed(record) for record in subject.shown)
         sides = f"the {task.input} and this person's {task.output}" if subject.paired else f"this person's {task.output}"
+        closed = f" The {task.output} is always one of: {', '.join(task.labels)}." if task.labels else ""
         about = "".join(f"\n- {line}" for line in self._card[name])
         card = f"\n\nWhat marks this person:{about}" if about else ""
-        return f"You write as one particular person, {task.person}. These are records of the person: {sides}.\n\n{records}{card}"
+        return f"You write as one particular person, {task.person}. These are records of the person: {sides}.{closed}\n\n{records}{card}"
 
     # The embedded teacher.
 
