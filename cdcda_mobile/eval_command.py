@@ -136,8 +136,8 @@ def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, 
     if arguments.json:
         print_json(report["json"])
     else:
-        print(report["markdown"])
-        print(out / "eval.json")
+        print(report["overview"])
+        print(f"\nMore metrics, differences and intervals: {out / 'eval.md'}")
 
 
 def _arms(given: str, shared: Path | None, people: Sequence[Person]) -> list[str]:
@@ -165,6 +165,7 @@ def _report(cells: Sequence[Cell], arms: Sequence[str]) -> dict[str, Any]:
         as_json,
         compare_arms,
         comparisons_markdown,
+        overview,
     )
 
     metrics = [NLL, *dict.fromkeys(name for cell in cells for name in cell.metrics)]
@@ -176,7 +177,8 @@ def _report(cells: Sequence[Cell], arms: Sequence[str]) -> dict[str, Any]:
     markdown = f"{arms_markdown(rows)}\n{comparisons_markdown(comparisons)}"
     if len({cell.user for cell in cells}) == 1:
         markdown += "\nOne user: differences without intervals prove nothing; --users gives them.\n"
-    return {"json": as_json(cells, rows, comparisons), "markdown": markdown, "svg": forest_svg(comparisons)}
+    found = {"json": as_json(cells, rows, comparisons), "markdown": markdown, "svg": forest_svg(comparisons)}
+    return found | {"overview": overview(cells)}
 
 
 def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, out: Path) -> None:

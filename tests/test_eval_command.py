@@ -70,6 +70,16 @@ def test_every_arm_is_measured_in_both_precisions_and_only_numbers_are_kept(desk
     written = "".join(path.read_text() for path in (desk.run / "eval").glob("*.json"))
     history = [json.loads(line) for line in (desk.run / "history" / "test.jsonl").read_text().splitlines()]
     assert not [row["input"] for row in history if row["input"] in written]
+    assert main(["eval", *desk.arguments()]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said if line.startswith("  ") and line.split()[0] in ARMS] == 2 * [
+        "base",
+        "rule",
+        "bm25",
+        "personal",
+        "cdcda",
+    ]
+    assert max(map(len, said[:-1])) < 100 and said[-1].endswith("eval.md")
     again = main(["eval", *desk.arguments(), "--json"])  # nothing is trained or measured again
     assert again == 0 and json.loads(capsys.readouterr().out)["cells"] == report["cells"]
 

@@ -209,6 +209,33 @@ def comparisons_markdown(comparisons: Sequence[Comparison]) -> str:
     return _table(["task", "arms", "metric", "difference", "95 % interval", "p", "p (Holm)", "effect", "users"], rows)
 
 
+def overview(cells: Sequence[Cell]) -> str:
+    """Return what fits a terminal: for each task one line an arm, the means of NLL and the main metric in every precision."""
+    lines = []
+    for task in _distinct(cells, lambda cell: cell.task):
+        mine = [cell for cell in cells if cell.task == task]
+        kinds = [
+            kind for kind in _distinct(mine, lambda cell: cell.precision) if any(c.nll is not None for c in mine if c.precision == kind)
+        ]
+        columns = [(metric, kind) for metric in (NLL, next(iter(mine[0].metrics))) for kind in kinds]
+        users = len(_distinct(mine, lambda cell: cell.user))
+        lines += [
+            "",
+            f"{task}: {sum(c.n for c in mine if c.place == mine[0].place)} held-out records of {users} {'user' if users == 1 else 'users'}",
+        ]
+        lines.append(f"  {'':<18}" + "".join(f"{f'{metric} {kind}':>16}" for metric, kind in columns))
+        for arm in _distinct(mine, lambda cell: cell.arm):
+            shown = (_mean_of(mine, arm, metric, kind) for metric, kind in columns)
+            lines.append(f"  {arm:<18}" + "".join(f"{_number(value):>16}" for value in shown))
+    return "\n".join(lines[1:])
+
+
+def _mean_of(cells: Sequence[Cell], arm: str, metric: str, kind: str) -> float | None:
+    # A rule has one answer, whatever the precision of the others.
+    values = _values(cells, cells[0].task, Arm(arm, kind), metric) or _values(cells, cells[0].task, Arm(arm, "none"), metric)
+    return estimate(values).mean if values else None
+
+
 def as_json(cells: Sequence[Cell], rows: Sequence[ArmRow], comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Return everything for a results file: metrics and hashes, never a text."""
     return {
