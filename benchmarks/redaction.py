@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     planted = plant(args.seed, QUICK_PER_KIND if args.quick else PER_KIND)
-    config = AugmentConfig(keep=QUICK_REQUESTS if args.quick else REQUESTS, max_attempts=1, examples=EXAMPLES)
+    config = AugmentConfig(without=["language"], keep=QUICK_REQUESTS if args.quick else REQUESTS, max_attempts=1, examples=EXAMPLES)
     off, on = config, arms(config)
     control = run(planted, off, args.seed)
     while any(not seen(control, value) for value in planted.values):
