@@ -13,7 +13,6 @@ from cdcda_mobile.evaluation.baselines import (
     Bm25,
     Past,
     majority_answers,
-    nearest_answers,
     opening_answers,
     opening_of,
     retrieval_probes,
@@ -118,12 +117,11 @@ def test_rules_read_the_past() -> None:
     test = [record(20, "rating", "good enough", "5"), record(21, "commit", "src/winch.py", "fix: again")]
     assert majority_answers(TRAIN, test[:1]) == ["2"]  # as frequent as 4, and newer
     assert opening_answers(TRAIN, test[1:]) == ["fix: "]
-    assert nearest_answers(TRAIN, test) == ["4", "Oil it"]
 
 
 def test_rules_say_where_there_is_no_past() -> None:
     test = [record(20, "tweet", "x", "y")]
-    for rule in (majority_answers, opening_answers, nearest_answers):
+    for rule in (majority_answers, opening_answers):
         with pytest.raises(DataError, match="no training record of the task tweet"):
             rule(TRAIN, test)
 

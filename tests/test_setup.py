@@ -264,9 +264,9 @@ def test_the_mark_survives_a_kill_but_not_an_installers_own_failure(tmp_path: Pa
 
 
 def test_uv_learns_what_pip_was_told(tmp_path: Path) -> None:
-    config = ":env:.disable-pip-version-check='1'\nglobal.cert='/ca.pem'\nglobal.index-url='http://mirror.test/simple'\n"
+    config = ":env:.disable-pip-version-check='1'\nglobal.cert='/ca.pem'\nglobal.index-url='/srv/index/simple'\n"
     env = set_up.uv_environment(config, {"SSL_CERT_FILE": "/own.pem"}, same_disk=False)
-    assert env["UV_DEFAULT_INDEX"] == "http://mirror.test/simple"
+    assert env["UV_DEFAULT_INDEX"] == "/srv/index/simple"
     assert env["SSL_CERT_FILE"] == "/own.pem", "what is set for uv wins"
     assert env["UV_LINK_MODE"] == "copy"
     assert "UV_DEFAULT_INDEX" not in set_up.uv_environment("", {}, same_disk=True)

@@ -1,7 +1,7 @@
 """The rivals that need no training: what a personal model must beat to be worth its file.
 
 Retrieval in the manner of LaMP (Salemi et al. 2023): BM25 over the user's training records, the nearest of them written before the
-question. The rules answer without any model: a label, an opening or a whole output of the user's past.
+question. The rules answer without any model: a label or an opening of the user's past.
 """
 
 from __future__ import annotations
@@ -156,16 +156,6 @@ def opening_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str
     """
     past = Past(train)
     return [_most_common([opening_of(r.output) for r in past.records(record.task)]) for record in test]
-
-
-def nearest_answers(train: Sequence[Record], test: Sequence[Record]) -> list[str]:
-    """Return the output of the nearest training record, word for word: retrieval without a model.
-
-    Raises:
-        DataError: a task has no training record.
-    """
-    past = Past(train)
-    return [(past.nearest(record, 1) or past.records(record.task))[0].output for record in test]
 
 
 def opening_of(output: str) -> str:
