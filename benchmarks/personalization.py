@@ -84,11 +84,12 @@ class Laboratory:
         self.people = self.found.test
         self.base = Base(None, progress)
         self.work, self.results = work, results
-        self.train = TrainConfig(**settings["train"])
+        own = settings["tasks"][task]
+        self.train = TrainConfig(**settings["train"], **own.get("train", {}))
         self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
         inputs = self.work / "inputs.jsonl"
         write_atomic(inputs, "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task)))
-        self.augment = AugmentConfig(**settings["augment"], inputs=str(inputs))
+        self.augment = AugmentConfig(**settings["augment"], **own.get("augment", {}), inputs=str(inputs))
 
     # Synthetic records.
 
@@ -187,12 +188,15 @@ def finished_cells(folder: Path) -> list[Cell]:
     """Return all cells that were measured so far.
 
     Raises:
-        SystemExit: they were measured under several settings.
+        SystemExit: those of a task were measured under several settings.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
-    if len({row["settings"] for row in found}) > 1:
-        raise SystemExit(f"{folder} holds measurements under several [train] settings; remove those of the old ones.")
-    return [cell for row in found for cell in cells_of(row["cells"])]
+    cells: list[Cell] = []
+    for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(task.rglob("*.json"))]
+        if len({row["settings"] for row in found}) > 1:
+            raise SystemExit(f"{task} holds measurements under several [train] settings; remove those of the old ones.")
+        cells += [cell for row in found for cell in cells_of(row["cells"])]
+    return cells
 
 
 def main() -> None:
@@ -227,7 +231,7 @@ def main() -> None:
     if options.stage == "curve":
         task = settings["curve"]["task"]
         for real, chosen in curve_people(data, task, settings["users"], settings["curve"]).items():
-            work, results = options.work / f"curve-{real}" / task, RESULTS / CURVE / str(real)
+            work, results = options.work / f"curve-{real}" / task, RESULTS / CURVE / str(real) / task
             laboratory = Laboratory(task, settings, data, work, results, options.teacher, progress)
             laboratory.people = chosen[: options.users or None]
             print(f"{real} real records\n{tables(laboratory.arms(['personal', 'cdcda'], seeds, PRECISIONS[:1]))[2]}")

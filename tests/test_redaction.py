@@ -54,6 +54,8 @@ HIDDEN = {
         "my mobile is {} | 9123 4567",
     ),
     "ADDRESS": (
+        "bring the bikes to {}! | 31 The Crescent",
+        "{}, São Paulo - SP, 05404-001 is where it is | Rua das Palmeiras, 181",
         "221B Baker Street, London NW1 6XE",
         "742 Evergreen Terrace, Springfield, IL 62704",
         "350 5th Ave, Apt 4B, New York, NY 10118",
@@ -68,6 +70,7 @@ HIDDEN = {
         "he lives at {} now | 12 baker street",
     ),
     "BANK": (
+        "Send it to {} and tell me | PL3923474294312623905872419",
         "DE89 3704 0044 0532 0130 00",
         "DE89370400440532013000",
         "FR14 2004 1010 0505 0001 3M02 606",
@@ -97,6 +100,7 @@ HIDDEN = {
         "invoice {} | INV-20331",
     ),
     "SECRET": (
+        "Revert hard-coded pw {} | Banane-427Leuchtturm",
         "AKIAIOSFODNN7EXAMPLE",
         "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
         "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
@@ -116,7 +120,13 @@ HIDDEN = {
         "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBg\n-----END PRIVATE KEY-----",
         "here it is {} | kJ8sD3fLq9Zx2Vb7Nm4Tw1Yp",
     ),
-    "IP": ("192.168.1.23", "ssh to {} | 10.0.0.5", "2001:db8::8a2e:370:7334", "fe80::1ff:fe23:4567:890a"),
+    "IP": (
+        "192.168.1.23",
+        "thanks to {}: close early | 2001:db8::641d:2870",
+        "ssh to {} | 10.0.0.5",
+        "2001:db8::8a2e:370:7334",
+        "fe80::1ff:fe23:4567:890a",
+    ),
     "MAC": ("00:1B:44:11:3A:B7", "001b.4411.3ab7"),
     "URL": (
         "https://user:pass@host.example.com/x",
@@ -140,6 +150,7 @@ HIDDEN = {
 }
 
 SURVIVES = (
+    "12 The Way We Were songs, 10 The Voice finalists",
     "4",
     "1 to 5",
     "[1]",

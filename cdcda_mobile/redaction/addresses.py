@@ -19,6 +19,11 @@ _SUFFIX = (
     r"|Freeway|Expressway|Crossing|Ridge|Heights|Bend|Cove|Park|Circus|Embankment|Galli|Salai|Cross)"
 )
 _LOWER_SUFFIX = r"(?:street|st|avenue|ave|road|rd|lane|ln|boulevard|blvd|crescent|terrace|drive|close|mews|gardens)"
+# A street whose whole name is one word: 12 The Crescent.
+_THE = (
+    r"The\s(?:Street|Avenue|Lane|Drive|Close|Crescent|Terrace|Mews|Green|Grove|Square|Mount|Orchard|Paddock|Quadrant|Parade|Row"
+    r"|Esplanade|Glade|Ridgeway|Rise|Broadway|Spinney|Chase|Poplars|Limes|Laurels|Willows|Beeches|Elms|Firs|Pines)"
+)
 _NO_STREET = (
     r"(?!(?:the|a|an|of|this|that|down|up|to|on|in|my|your|his|her|our|their|off|per|and|or|miles?|minutes?|hours?|days?|weeks?"
     r"|months?|years?|km|meters?|metres?|feet|cars?|people|men|women|times?"
@@ -55,9 +60,9 @@ _TAIL = (
 )
 
 _ENGLISH = re.compile(
-    rf"(?<![\w.,$€£-]){_ROOMS}{{0,4}}{_NUMBER}(?:,\s|\s)(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s)?(?:(?:{_NO_TITLE}{_CAP}"
+    rf"(?<![\w.,$€£-]){_ROOMS}{{0,4}}{_NUMBER}(?:,\s|\s)(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s)?(?:{_THE}|(?:(?:{_NO_TITLE}{_CAP}"
     rf"|\d{{1,3}}(?:st|nd|rd|th)|de|la)\s){{1,4}}?"
-    rf"{_SUFFIX}\b\.?(?:\s(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\b\.?)?{_UNIT}{{0,2}}{_TAIL}"
+    rf"{_SUFFIX})\b\.?(?:\s(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\b\.?)?{_UNIT}{{0,2}}{_TAIL}"
 )
 _LOWER = re.compile(
     rf"(?<![\w.,$€£-])(?:{_ROOM.lower()}\s?\d\w*,?\s)?\d{{1,5}}[a-z]?\s(?:[nsew]\.?\s)?(?:{_NO_STREET}[a-z][a-z'’-]+\s|\d{{1,3}}(?:st"
@@ -81,7 +86,7 @@ _ROMANCE = re.compile(
     rf"(?:(?:de\sla|de\sl['’]|du|des|de|la|le|les|d['’]|l['’]|à|aux|et|sous|sur)\s?|[\w'’.-]+[ -]?){{1,6}}?(?=,|\.|;|$|\s\d|\n"
     rf"|\s[a-z])(?:,?\s*(?:F-)?\d{{5}}\s{_TOWN}(?:\s(?:Cedex|CEDEX)(?:\s\d\d?)?)?)?"
     rf"|(?:Calle|C/|Avenida|Avda\.?|Av\.|Plaza|Paseo|Carrer|Via|Viale|Piazza|Corso|Largo|Rua|Praça|Travessa|ul\.|ulica|al\.)\s?(?:(?:de"
-    rf"|del|della|dei|di|da|do|dos|la|las|los|el|e)\s|{_CAP}\s){{0,5}}{_CAP}"
+    rf"|del|della|dei|degli|delle|dello|di|da|das|do|dos|la|las|los|el|e)\s|{_CAP}\s){{0,5}}{_CAP}"
     rf",?\s(?:n[º°.]?\s?)?(?!(?:19"
     rf"|20)\d\d\b)\d{{1,4}}[a-zA-Z]?\b(?:,\s\d{{1,2}}[º°ª]?\s?\w{{0,2}}\b)?(?:,?\s*\d{{2}}-?\d{{3}}(?:-\d{{3}})?\s{_TOWN})?"
     rf"|{_UP}\w+(?:straat|laan|plein|gracht|kade|dijk|singel|gatan|vägen|vej|gade|gata|veien"

@@ -134,7 +134,7 @@ _VERSIONED = re.compile(
     re.IGNORECASE,
 )
 _MACHINE = re.compile(r"\b(?:ip|ips|ipv4|host|server|address|ping|ssh|dns|subnet|gateway|router|proxy|vpn)\b", re.IGNORECASE)
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{0,4}|(?:\d{1,3}\.){3}\d{1,3})(?:%\w+)?(?![\w:])")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{1,4}|(?<=::)|(?:\d{1,3}\.){3}\d{1,3})(?:%\w+)?(?!\w|:\S)")
 _MAC = re.compile(
     r"(?<![\w:-])(?:(?:[0-9a-f]{2}:){5}[0-9a-f]{2}|(?:[0-9a-f]{2}-){5}[0-9a-f]{2}|[0-9a-f]{4}\.[0-9a-f]{4}\.[0-9a-f]{4})(?![\w:-])",
     re.IGNORECASE,

@@ -33,7 +33,7 @@ _HEADER = re.compile(
 )
 
 _PASSWORD = (
-    r"pass(?:word|wort|wd|phrase|code|key)s?|pwd|pass|kennwort|mot de passe|mdp|contraseña|clave|senha|wachtwoord|parola|hasło|пароль"
+    r"pass(?:word|wort|wd|phrase|code|key)s?|pwd?|pass|kennwort|mot de passe|mdp|contraseña|clave|senha|wachtwoord|parola|hasło|пароль"
     r"|密码|口令"
     r"|(?:recovery|backup|verification|access|security|door|gate|alarm|safe|lock|entry|unlock|2fa|otp|mfa|one-?time|login|activation"
     r"|sms)[ _-]?codes?|otp"
