@@ -18,6 +18,7 @@ from cdcda_mobile.evaluation.arms import Person
 from cdcda_mobile.history import History, Record, Split, check_split, split_by_time, text_of
 
 Row = dict[str, Any]
+_LONGEST = 900  # characters of an input; a commit of a hundred files fits no training of 512 tokens
 _SECTIONS_AT_LEAST = 2  # among the few records: a user with one section has nothing to be learned
 
 
@@ -30,11 +31,11 @@ class Source:
     output: str
 
     def record(self, number: int, row: Row, task: str) -> Record | None:
-        """Return a row as a record, None where a side is empty."""
+        """Return a row as a record, None where a side is empty or too long."""
         given, said = row[self.input], row[self.output]
         given = "\n".join(given) if isinstance(given, list) else given.strip()
         said = said.strip().lower() if task == "news_section" else said.strip()
-        return Record(f"{number:06}", row["date"], task, given, said) if given and said else None
+        return Record(f"{number:06}", row["date"], task, given, said) if given and said and len(given) <= _LONGEST else None
 
 
 SOURCES = {

@@ -83,6 +83,7 @@ class Laboratory:
         self.found = people(data, task, settings["users"])
         self.people = self.found.test
         self.base = Base(None, progress)
+        self.encoding = encoding_of(self.base.file)
         self.work, self.results = work, results
         own = settings["tasks"][task]
         self.train = TrainConfig(**settings["train"], **own.get("train", {}))
@@ -126,6 +127,7 @@ class Laboratory:
             folder / "answers.jsonl",
             self.progress,
             likeness=likeness,
+            fits=lambda task, given: self.encoding.fits(task, given, self.train.max_tokens),
         )
         write_json(out / "metrics.json", result.metrics())
         return tuple(records_in(out / "kept.jsonl"))
@@ -134,12 +136,12 @@ class Laboratory:
 
     def shared(self) -> Path:
         """Return the adapter of other users, trained once."""
-        encoding, records = encoding_of(self.base.file), shared_records(self.found, self.settings["users"])
+        records = shared_records(self.found, self.settings["users"])
         folder = self.work / f"shared-{sha256_json([hash_of(records), asdict(self.train)])[:12]}"
         if (folder / "whole.json").exists():
             return folder
         folder.mkdir(exist_ok=True, mode=0o700)
-        probes = encoding.probes(records, self.train.max_tokens)
+        probes = self.encoding.probes(records, self.train.max_tokens)
         held = len(probes) // 10
         order = Order("shared", [Example(probe) for probe in probes[held:]], probes[:held], folder)
         steps = 3 * len(probes) // 8

@@ -42,6 +42,10 @@ class Encoding:
                 raise ExportError(f"Record {record.id} ({record.date}): {error}") from error
         return found
 
+    def fits(self, task: str, given: str, max_tokens: int) -> bool:
+        """Say whether the prompt of an input leaves room for an answer."""
+        return len(self.tokenizer.encode(self.template.prompt(get_task(task).prompt(given)))) + 1 < max_tokens
+
 
 def encoding_of(base: GgufFile) -> Encoding:
     """Return the base's encoding: ``tokenizers`` where its kind is known, else llama.cpp's own tokenizer."""

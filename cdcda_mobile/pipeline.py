@@ -97,6 +97,7 @@ class Pipeline:
         config = {**asdict(self.job.augment), "teacher": teacher, "seed": self.job.seed}
         if self.job.augment.inputs:
             inputs["inputs"] = sha256_file(Path(self.job.augment.inputs))
+        config["longest"] = self.job.train.max_tokens
         if self.job.augment.likeness:
             config["train"] = training_settings(self.job.train)
         if self.job.augment.redact:
@@ -291,7 +292,9 @@ class Pipeline:
 
     def _run_augment(self, stage: Stage) -> Manifest:
         from cdcda_mobile.augmentation.augment import augment
+        from cdcda_mobile.dataset import encoding_of
 
+        encoding, longest = encoding_of(self.base.file), self.job.train.max_tokens
         train, validation, directory = self.records("train"), self.records("validation"), stage.begin()
         likeness = None
         if self.job.augment.likeness:
@@ -311,6 +314,7 @@ class Pipeline:
             answers=self.directory / "teacher" / "answers.jsonl",
             progress=self.progress,
             likeness=likeness,
+            fits=lambda task, given: encoding.fits(task, given, longest),
         )
         return stage.finish(result.metrics(), ["kept.jsonl", "rejected.jsonl"])
 

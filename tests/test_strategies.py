@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cdcda_export.base import Base
+from cdcda_export.base import Base, open_base
 from cdcda_export.errors import ConfigError, DataError, FileError
 from cdcda_export.progress import Silent
 from cdcda_mobile.augmentation.augment import augment
@@ -25,6 +25,7 @@ from cdcda_mobile.augmentation.style import card_lines, card_request, counted
 from cdcda_mobile.augmentation.textual import farthest_first, grams
 from cdcda_mobile.cli import main
 from cdcda_mobile.config import RULE_NAMES, STRATEGY_NAMES, AugmentConfig, TeacherConfig, TrainConfig
+from cdcda_mobile.dataset import encoding_of
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import TASKS
 from fake_endpoint import serving
@@ -61,6 +62,15 @@ def test_an_input_of_somebody_elses_that_is_held_out_is_not_answered() -> None:
     texts = {"headline": [held.input.upper(), sentence(5001)]}
     made = Planner(TRAIN, HeldOut(HELD_OUT), plain(strategies=["answer"], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
     assert {made.ask(k).input for k in range(60) if made.ask(k).strategy == "answer"} == {sentence(5001)}
+
+
+def test_what_the_student_has_no_room_for_is_not_kept(tiny_base: Path) -> None:
+    ours, texts = tuple(r for r in TRAIN if r.task == "headline"), {"headline": ["a/b/c/d/e/f " * 60]}
+    made = Planner(ours, HeldOut(()), plain(strategies=["answer"], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
+    encoding = encoding_of(open_base(tiny_base))
+    for longest, rule in ((512, "fit"), (1024, "")):
+        selector = Selector(ours, (), plain(without=[*RULES]), lambda task, given, most=longest: encoding.fits(task, given, most))
+        assert selector.judge(made.ask(0), json.dumps({"output": sentence(9, 5)})).rule == rule
 
 
 def test_a_label_is_one_of_the_closed_set_by_schema() -> None:

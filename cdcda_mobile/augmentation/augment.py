@@ -21,7 +21,7 @@ from cdcda_mobile.augmentation.choice import choose
 from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.augmentation.prompts import Planner
 from cdcda_mobile.augmentation.public_inputs import read_inputs
-from cdcda_mobile.augmentation.select import Selector
+from cdcda_mobile.augmentation.select import Fits, Selector, anything
 from cdcda_mobile.augmentation.style import card_lines, card_request, counted
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
@@ -127,6 +127,7 @@ def augment(
     progress: Progress,
     teacher: Teacher | None = None,
     likeness: Likeness | None = None,
+    fits: Fits = anything,
 ) -> AugmentResult:
     """Let a teacher write synthetic records for one user and keep the good ones.
 
@@ -146,6 +147,7 @@ def augment(
         progress: told of every record.
         teacher: asked instead of the one that ``teacher_config`` names; the caller closes it.
         likeness: ranks the candidates; None to rank none.
+        fits: says whether the student has room for the answer to an input of a task.
 
     Raises:
         TeacherError: the teacher cannot be used, or nothing at all could be kept.
@@ -154,7 +156,7 @@ def augment(
     """
     began, veil = time.monotonic(), Veil(train, config, progress)
     wanted = wanted_of(config, len(train))
-    selector = veil.judge(Selector(train, held_out, config))
+    selector = veil.judge(Selector(train, held_out, config, fits))
     with _hired(teacher, teacher_config, base_gguf, seed, answers, progress) as (desk, stop):
         embedded = desk.hired.embedded
         planner = planned(train, held_out, veil, config, seed, embedded, lambda request: _at_once(request, desk, progress))

@@ -1,7 +1,7 @@
 """What is kept of a teacher's answers, and why the rest is not.
 
 An answer becomes a candidate when no rule of :data:`RULES` objects; each can be left out (``augment.without``), but for those that
-keep held-out texts away. Of the candidates :mod:`cdcda_mobile.augmentation.choice` keeps the best.
+keep held-out texts away and those that do not fit. Of the candidates :mod:`cdcda_mobile.augmentation.choice` keeps the best.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ _FOREIGN_LETTERS = 0.1
 _FOREIGN_NATS = 15.0
 _MARKUP = frozenset("<>{}[]|\\`#*_~^=@")
 _REACHABLE_WORDS = 0.4  # words that fit one token of max_tokens, at the worst
+# Task and input of a record.
+Fits = Callable[[str, str], bool]
 _PREFACES = ("here is", "here are", "sure", "as an ai", "certainly", "i'm sorry", "i am sorry")
+
+
+def anything(task: str, given: str) -> bool:
+    """Say that every record fits."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,11 @@ class Selector:
         train: the user's real records.
         held_out: validation and test records, to which nothing may come near.
         config: ``near_duplicate``, ``max_tokens`` and the rules that are left out.
+        fits: says whether there is room for the answer to an input, given the task's name and the input.
     """
 
-    def __init__(self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig) -> None:
-        self._config = config
+    def __init__(self, train: Sequence[Record], held_out: Sequence[Record], config: AugmentConfig, fits: Fits = anything) -> None:
+        self._config, self._fits = config, fits
         self._rules = [name for name in RULES if name not in config.without]
         self._known = [(normalized(r.input), grams(r.input)) for r in train]
         self._outputs = {normalized(r.output) for r in train}
@@ -131,6 +139,8 @@ class Selector:
         candidate = _Candidate(ask, sides, {side: grams(sides[side]) for side in ("input", "output")})
         if self._near_held_out(candidate):
             return Verdict(rule="held-out", reason="held-out overlap")
+        if not self._fits(ask.task.name, sides["input"]):
+            return Verdict(rule="fit", reason="longer than the training takes (train.max_tokens)")
         for name in self._rules:
             reason = RULES[name](self, candidate)
             if reason:
