@@ -18,7 +18,7 @@ from cdcda_mobile.evaluation.arms import Person
 from cdcda_mobile.history import History, Record, Split, check_split, split_by_time, text_of
 
 Row = dict[str, Any]
-_LONGEST = 900  # characters of an input; a commit of a hundred files fits no training of 512 tokens
+_LONGEST = 300  # characters of an input: a commit of a hundred files fits no training, and costs what ten others do
 _SECTIONS_AT_LEAST = 2  # among the few records: a user with one section has nothing to be learned
 
 
