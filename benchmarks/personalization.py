@@ -96,24 +96,25 @@ class Laboratory:
 
     def pools(self) -> list[Person]:
         """Return the users with their synthetic records; what the teacher has not written yet it writes now."""
+        likeness = {person.user: self._likeness(person) for person in self.people} if self.augment.likeness else {}
+        train_orders(self.base, [gain.order() for gain in likeness.values()], self.train, self.progress)
         made = []
         for person in self.people:
-            selected = self._written(person, "selected", self.augment, True)
+            selected = self._written(person, "selected", self.augment, likeness.get(person.user))
             # The same requests in the same order, whatever can be read taken as it comes: what selection has to beat.
             plain = replace(self.augment, keep=len(selected), pool=1.0, likeness="", without=[*RULES], per_real=100.0)
-            unselected = self._written(person, "unselected", plain, False)
+            unselected = self._written(person, "unselected", plain, None)
             made.append(replace(person, synthetic={"selected": selected, "unselected": unselected}))
         return with_others(made)
 
-    def _written(self, person: Person, name: str, config: AugmentConfig, ranked: bool) -> tuple[Record, ...]:
+    def _likeness(self, person: Person) -> LikelihoodGain:
+        folder = self.work / person.user / "likeness"
+        return LikelihoodGain(self.base, person.user, person.train, person.validation, self.train, 0, folder, self.progress)
+
+    def _written(self, person: Person, name: str, config: AugmentConfig, likeness: LikelihoodGain | None) -> tuple[Record, ...]:
         folder = self.work / person.user
         out = folder / name
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        likeness = None
-        if ranked and config.likeness:
-            likeness = LikelihoodGain(
-                self.base, person.user, person.train, person.validation, self.train, 0, folder / "likeness", self.progress
-            )
         hired = TeacherConfig(gguf=str(self.teacher) if self.teacher else "", max_requests=0)
         result = augment(
             person.train,

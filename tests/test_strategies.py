@@ -222,6 +222,18 @@ def test_likeness_leaves_the_best_and_diversity_spreads_them() -> None:
 def test_groups_keep_their_shares() -> None:
     assert shares(Counter({"a": 10, "b": 5, "c": 1}), 8) == {"a": 5, "b": 3, "c": 0}
     assert shares(Counter({"a": 2}), 8) == {"a": 2}
+    assert shares(Counter({"a": 10, "b": 2, "c": 9, "d": 3}), 10, {"a": 1.0, "b": 3.0, "c": 0.0, "d": 0.0}) == {
+        "a": 8,
+        "b": 2,
+        "c": 0,
+        "d": 0,
+    }
+    assert shares(Counter({"a": 2, "b": 2, "c": 9, "d": 3}), 8, {"a": 1.0, "b": 3.0, "c": 0.0, "d": 0.0}) == {
+        "a": 2,
+        "b": 2,
+        "c": 3,
+        "d": 1,
+    }
     groups = ["a"] * 10 + ["b"] * 5
     kept = choose([f"t{n} u v" for n in range(15)], groups, 6, None, 1.0).kept
     assert Counter(groups[index] for index in kept) == {"a": 4, "b": 2}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from cdcda_mobile.training.packing import Row
+    from cdcda_mobile.training.schedule import Order
 
 _AT_ONCE = 16  # records whose tokens fill a pass
 
@@ -69,7 +70,8 @@ class LikelihoodGain:
         """
         return gain(self._base, self._adapter(), self._config, self._encoding.probes(records, self._config.max_tokens))
 
-    def _adapter(self) -> torch.Tensor:
+    def order(self) -> Order:
+        """Return the adapter's training: who scores for many users can train all of them side by side first, and it is found done."""
         from cdcda_mobile.training.schedule import Example, Order
 
         real, held = (self._encoding.probes(part, self._config.max_tokens) for part in (self._train, self._validation))
@@ -78,7 +80,10 @@ class LikelihoodGain:
         name = sha256_json({"train": [p.ids for p in real], "validation": [p.ids for p in held], **decides})[:16]
         order = Order(self._user, [Example(probe) for probe in real], held, self._directory / name, self._seed)
         order.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (outcome,) = train_orders(self._base, [order], self._config, self._progress)
+        return order
+
+    def _adapter(self) -> torch.Tensor:
+        (outcome,) = train_orders(self._base, [self.order()], self._config, self._progress)
         if isinstance(outcome, CdcdaError):
             raise outcome
         return outcome.best
