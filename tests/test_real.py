@@ -16,7 +16,7 @@ from cdcda_export.progress import Silent
 from cdcda_export.quantization import choose_types, get_quant
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.tokenizer import bpe_tokenizer
-from cdcda_export.verify import Probe, nll_of
+from cdcda_export.verify import Probe
 from cdcda_mobile.cli import export_main, main
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
@@ -68,8 +68,7 @@ def test_the_job_ends_in_a_card_an_artifact_that_answers_and_an_instant_second_r
 
 
 def _nll(runtime: LlamaCpp, probes: list[Probe]) -> float:
-    total = sum(float(nll_of(runtime.logits(p.ids)[p.answer_positions()], p.answer).sum()) for p in probes)
-    return total / sum(len(p.answer) for p in probes)
+    return sum(runtime.nll_many(probes)) / sum(len(p.answer) for p in probes)
 
 
 def test_after_quantization_every_model_knows_its_own_user_best(workspace: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,7 +162,7 @@ def augment(
         planner = planned(train, held_out, veil, config, seed, embedded, lambda request: _at_once(request, desk, progress))
         asking = Asking(planner.ask, selector, desk, candidates_of(config, wanted, embedded), wanted * config.max_attempts, progress, stop)
         asking.run()
-    kept, rejected = _chosen(asking.judged, train, wanted, config, likeness)
+    kept, rejected = _chosen(asking.judged, wanted, config, likeness)
     result = AugmentResult(
         kept=kept,
         rejected=rejected,
@@ -259,14 +259,14 @@ def planned(
 
 
 def _chosen(
-    judged: Sequence[Judged], train: Sequence[Record], wanted: int, config: AugmentConfig, likeness: Likeness | None
+    judged: Sequence[Judged], wanted: int, config: AugmentConfig, likeness: Likeness | None
 ) -> tuple[tuple[Synthetic, ...], tuple[Rejected, ...]]:
     """Return what is kept of the candidates, and everything that is not, in the order of the requests."""
     good = [one for one in judged if not one.reason]
     made = [_record(one) for one in good]
     groups = [(one.task, one.strategy, one.output if get_task(one.task).labels else "") for one in made]
     scores = likeness([Record(m.id, m.date, m.task, m.input, m.output) for m in made]) if likeness and made else None
-    choice = choose([f"{m.input} {m.output}" for m in made], groups, wanted, scores, config.alike, _weights(groups, train))
+    choice = choose([f"{m.input} {m.output}" for m in made], groups, wanted, scores, config.alike)
     why = {made[place].id: reason for place, reason in choice.reasons.items()}
     rejected = []
     for one in judged:
@@ -275,15 +275,6 @@ def _chosen(
             rule = one.rule if one.reason else "choice"
             rejected.append(Rejected(name, one.ask.task.name, one.ask.strategy, one.key, rule, one.reason or why[name], one.text))
     return tuple(made[place] for place in choice.kept), tuple(rejected)
-
-
-def _weights(groups: Sequence[tuple[str, str, str]], train: Sequence[Record]) -> dict[Hashable, float]:
-    """Return the weights of candidates by task, strategy and label: those of a task and strategy together, divided as the user labels."""
-    sizes, own, records = Counter(group[:2] for group in groups), Counter((r.task, r.output) for r in train), Counter(r.task for r in train)
-    return {
-        (task, strategy, label): sizes[task, strategy] * (own[task, label] / records[task] if label else 1.0)
-        for task, strategy, label in dict.fromkeys(groups)
-    }
 
 
 def _name(one: Judged) -> str:

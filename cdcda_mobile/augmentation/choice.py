@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from cdcda_mobile.augmentation.textual import farthest_first, grams
@@ -21,17 +21,10 @@ class Choice:
     reasons: dict[int, str]
 
 
-def choose(
-    texts: Sequence[str],
-    groups: Sequence[Hashable],
-    keep: int,
-    likeness: Sequence[float] | None,
-    alike: float,
-    weights: Mapping[Hashable, float] | None = None,
-) -> Choice:
+def choose(texts: Sequence[str], groups: Sequence[Hashable], keep: int, likeness: Sequence[float] | None, alike: float) -> Choice:
     """Choose from candidates.
 
-    Every group (task, strategy, label) has its share. In it, likeness leaves the best part; of these the likest is
+    Every group (task, strategy, label) keeps its share of the candidates. In it, likeness leaves the best part; of these the likest is
     kept first, and then always the one that is farthest from those that are kept.
 
     Args:
@@ -40,11 +33,10 @@ def choose(
         keep: how many to keep.
         likeness: of each candidate, higher is more like the user; None where it was not measured.
         alike: the part of a group that likeness leaves, at least as many as are kept.
-        weights: what the shares of the groups follow; None for their sizes.
     """
     kept: list[int] = []
     reasons: dict[int, str] = {}
-    quotas = shares(Counter(groups), keep, weights)
+    quotas = shares(Counter(groups), keep)
     for group, quota in quotas.items():
         members = [index for index, name in enumerate(groups) if name == group]
         left = members
@@ -58,20 +50,13 @@ def choose(
     return Choice(tuple(sorted(kept)), reasons)
 
 
-def shares(sizes: Counter[Hashable], total: int, weights: Mapping[Hashable, float] | None = None) -> dict[Hashable, int]:
-    """Divide a total among groups by weight, with the divisors of Sainte-Lague; nobody gets more than they have.
-
-    What the heavy ones have not goes to the others; those without a weight are last, by size.
-
-    Args:
-        sizes: of the groups.
-        total: how many are divided.
-        weights: of the groups; None for the sizes.
-    """
-    weights = weights or sizes
-    given = dict.fromkeys(sizes, 0)
-    for _ in range(min(total, sizes.total())):
-        able = [name for name in sizes if given[name] < sizes[name]]
-        next_one = max(able, key=lambda name: (weights[name] / (2 * given[name] + 1), sizes[name] / (2 * given[name] + 1)))
-        given[next_one] += 1
+def shares(sizes: Counter[Hashable], total: int) -> dict[Hashable, int]:
+    """Divide a total among groups in proportion to their sizes, by largest remainders; nobody gets more than they have."""
+    everything = sizes.total()
+    total = min(total, everything)
+    exact = {name: total * size / everything for name, size in sizes.items()}
+    given = {name: math.floor(value) for name, value in exact.items()}
+    behind = sorted(exact, key=lambda name: given[name] - exact[name])
+    for name in behind[: total - sum(given.values())]:
+        given[name] += 1
     return given
