@@ -86,18 +86,20 @@ class Laboratory:
         self.encoding = encoding_of(self.base.file)
         self.work, self.results = work, results
         own = settings["tasks"][task]
-        self.train = TrainConfig(**settings["train"], **own.get("train", {}))
+        self.train = TrainConfig(**settings["train"] | own.get("train", {}))
         self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
         inputs = self.work / "inputs.jsonl"
         write_atomic(inputs, "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task)))
-        self.augment = AugmentConfig(**settings["augment"], **own.get("augment", {}), inputs=str(inputs))
+        self.augment = AugmentConfig(**settings["augment"] | own.get("augment", {}), inputs=str(inputs))
 
     # Synthetic records.
 
     def pools(self) -> list[Person]:
         """Return the users with their synthetic records; what the teacher has not written yet it writes now."""
-        likeness = {person.user: self._likeness(person) for person in self.people} if self.augment.likeness else {}
-        train_orders(self.base, [gain.order() for gain in likeness.values()], self.train, self.progress)
+        likeness: dict[str, LikelihoodGain] = {}
+        if self.augment.likeness:  # their adapters side by side; afterwards each is found done
+            likeness = {person.user: self._likeness(person) for person in self.people}
+            train_orders(self.base, [gain.order() for gain in likeness.values()], self.train, self.progress)
         made = []
         for person in self.people:
             selected = self._written(person, "selected", self.augment, likeness.get(person.user))
