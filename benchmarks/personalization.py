@@ -1,8 +1,8 @@
 """Does the teacher help? CDCDA against real records alone, another user's synthetic records, retrieval, a shared adapter, on real people.
 
-Journalists (News Category Dataset, Misra 2022, CC BY 4.0) and committers of public repositories, 16 real records each, split by time. All
+Journalists (News Category Dataset, Misra 2022, CC BY 4.0) and committers of public repositories, 20 real records each, split by time. All
 arms have the same steps, the same stopping rule and the same validation records; the teacher sees training records only. Everything that
-was chosen is in personalization.toml and was chosen on the development users; the test users are run once for the published table.
+is chosen is in personalization.toml and chosen on the development users; the test users are run once for the published table.
 
 Every measurement is a small JSON in results/personalization/TASK/USER/ARM-SEED.json as soon as it is made, so a run can be stopped at any
 time. The teacher's answers and the adapters lie in --work and hold people's words: they are never committed.

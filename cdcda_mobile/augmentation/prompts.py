@@ -271,7 +271,7 @@ class Planner:
                 "additionalProperties": False,
             },
             seed=int.from_bytes(hashlib.sha256(f"{self._seed}:{k}".encode()).digest()[:4]) & 0x7FFFFFFF,
-            # A label of a closed set is the teacher's best guess: of 96 drawn at 0.9 a teacher of 1.5B had 36 right, of its best 51.
+            # Inputs differ already, so of a closed set the teacher's best guess is wanted: a draw would only add mistakes.
             temperature=0.0 if "output" in closed and fields == ("output",) else self._config.temperature,
             top_p=self._config.top_p,
             max_tokens=min(self._config.max_tokens, int(2 * sum(longest[name] for name in fields) * _TOKENS_PER_WORD) + 16),

@@ -21,7 +21,7 @@ _IBAN_LENGTHS = {
     for country in countries.split()
 }  # fmt: skip
 _IBAN = re.compile(rf"(?<![A-Za-z0-9])(?=(?P<value>[A-Z]{{2}}{_S}?\d{{2}}(?:{_S}?[A-Z0-9]){{11,36}}))", re.IGNORECASE)
-# A country and nothing but digits, too few or too many of them: somebody's typing error, and nothing else looks so.
+# A country and nothing but digits, too few or too many of them: somebody's typing error, and little else looks so.
 _MISTYPED_IBAN = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_IBAN_LENGTHS)})\d{{14,32}}(?![A-Za-z0-9])")
 _BANK_WORD = re.compile(r"\b(?:iban|bank|account|konto|compte|cuenta)\b[^.!?]{0,30}$", re.IGNORECASE)
 _BIC = re.compile(r"\b(?:BIC|SWIFT)(?:[/ ](?:BIC|SWIFT|code|Code))*\s?[:=]?\s?(?P<value>[A-Z]{4}[A-Z]{2}[A-Z0-9]{2}(?:[A-Z0-9]{3})?)\b")
