@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,6 +32,22 @@ def test_a_plot_is_xml_and_holds_every_point() -> None:
 
     root = ElementTree.fromstring(svg([Panel("a < b", "users", "s", ["1", "2"], {"ours": [3.0, 2.0], "peer": [4.0, 4.0]})]))
     assert len(root.findall(".//{*}circle")) == 4
+
+
+def test_nobody_is_both_tuned_on_and_tested() -> None:
+    """Also not in the sister task: headlines and sections are the same people's articles."""
+    from personal_users import SOURCES, people
+
+    folder = os.environ.get("CDCDA_DATA")
+    if not folder:
+        pytest.skip("CDCDA_DATA is not set")
+    settings = tomllib.loads((RESULTS.parent / "personalization.toml").read_text(encoding="utf-8"))["users"]
+    found = {task: people(Path(folder), task, settings) for task in SOURCES}
+    tuned = {person.user for one in found.values() for person in one.development} | set(settings["seen"])
+    for one in found.values():
+        tested = [person.user for person in one.test]
+        assert len(set(tested)) == settings["test"]
+        assert not tuned.intersection(tested)
 
 
 def test_the_clock_knows_the_parts_of_a_training() -> None:

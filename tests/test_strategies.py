@@ -57,6 +57,15 @@ def test_every_strategy_asks_for_its_fields_and_turns_through_the_records(strate
         assert (verdict.input, verdict.output, verdict.reason) == (asks[0].input, sentence(9, 5), "")
 
 
+def test_inputs_of_others_are_those_most_like_the_users_own() -> None:
+    ours = tuple(r for r in TRAIN if r.task == "headline")[:3]
+    near = [f"{record.input} And more of it." for record in ours]
+    texts = {"headline": [*(sentence(5000 + n) for n in range(20)), *near]}
+    made = Planner(ours, HeldOut(()), plain(strategies=["answer"], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
+    assert sorted(made.ask(k).input for k in range(3)) == sorted(near)
+    assert sorted(made.ask(k).input for k in range(23)) == sorted(texts["headline"])
+
+
 def test_an_input_of_somebody_elses_that_is_held_out_is_not_answered() -> None:
     held = next(r for r in HELD_OUT if r.task == "headline")
     texts = {"headline": [held.input.upper(), sentence(5001)]}

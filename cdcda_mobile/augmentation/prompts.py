@@ -7,7 +7,7 @@ The strategies, each a way to make a record:
   teacher writes the plain wording, so that a history without pairs becomes pairs.
 * ``new``: another situation, both sides in the user's voice.
 * ``rewrite``: another situation, the answer that anybody would give, and that answer made into the user's.
-* ``answer``: a real input of somebody else's (``augment.inputs``), answered in the user's voice.
+* ``answer``: a real input of somebody else's (``augment.inputs``), one that is like the user's own, answered in the user's voice.
 
 All requests about one task begin with the same turn: who the person is and the records that show it best. The embedded teacher, too
 small for that, sees a few examples as turns of the chat, and is asked for inputs only.
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from cdcda_export.errors import DataError
 from cdcda_mobile.augmentation.held_out import HeldOut
+from cdcda_mobile.augmentation.public_inputs import NearestInputs
 from cdcda_mobile.augmentation.textual import farthest_first, grams, words
 from cdcda_mobile.config import AugmentConfig
 from cdcda_mobile.history import Record
@@ -115,7 +116,8 @@ class _Subject:
     """One task of the user's: its records, what is shown of them in every request, and the turns of strategies and labels."""
 
     def __init__(self, name: str, records: Sequence[Record], config: AugmentConfig, inputs: Sequence[str], inputs_only: bool) -> None:
-        self.records, self.inputs, self.paired = list(records), list(inputs), not get_task(name).teaches
+        self.records, self.paired = list(records), not get_task(name).teaches
+        self.inputs = NearestInputs(inputs)
         self.task = get_task(_made(name))
         lengths = sorted(min(words(r.input if self.paired else r.output), _SHOWN_WORDS) for r in self.records)
         self.length = lengths[len(lengths) // 2]
@@ -202,16 +204,18 @@ class Planner:
         if subject.labels is not None and strategy == "counterpart":
             label, _ = subject.labels.at(turn)
             return chance.choice([record for record in subject.records if record.output == label]), label
-        # Every record has its turn once before one has it twice.
-        cycle, at = divmod(turn, len(subject.records))
-        order = list(range(len(subject.records)))
-        random.Random(f"{self._seed}:{name}:{strategy}:{cycle}").shuffle(order)
-        record = subject.records[order[at]]
+        record = self._in_turn(name, strategy, turn)
         if strategy == "answer":
-            texts = list(subject.inputs)
-            random.Random(f"{self._seed}:{name}:inputs").shuffle(texts)
-            return record, self._hide(texts[turn % len(texts)])
+            return record, self._hide(subject.inputs.at(turn, lambda number: self._in_turn(name, strategy, number)))
         return record, record.output if strategy == "counterpart" else ""
+
+    def _in_turn(self, name: str, strategy: str, turn: int) -> Record:
+        """Return the record of a turn: every one has its turn once before one has it twice."""
+        records = self._subjects[name].records
+        cycle, at = divmod(turn, len(records))
+        order = list(range(len(records)))
+        random.Random(f"{self._seed}:{name}:{strategy}:{cycle}").shuffle(order)
+        return records[order[at]]
 
     def _messages(self, name: str, strategy: str, near: Record, given: str) -> list[dict[str, str]]:
         subject = self._subjects[name]

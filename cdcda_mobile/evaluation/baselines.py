@@ -6,19 +6,15 @@ question. The rules answer without any model: a label or an opening of the user'
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from cdcda_export.errors import DataError, ExportError
 from cdcda_export.verify import Probe, make_probe
+from cdcda_mobile.bm25 import Bm25
 from cdcda_mobile.dataset import Encoding
 from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import Metric, Task, get_task
-
-_K1, _B, _EPSILON = 1.5, 0.75, 0.25
 
 # How a record of the past is told to the model.
 _TOLD: dict[Metric, Callable[[Task, Record], str]] = {
@@ -26,36 +22,6 @@ _TOLD: dict[Metric, Callable[[Task, Record], str]] = {
     "rating": lambda task, record: f'{record.output} is the {task.output} for "{record.input}"',
     "text": lambda task, record: f'"{record.output}" is the {task.output} for "{record.input}"',
 }
-
-
-class Bm25:
-    """Okapi BM25 over whitespace tokens, with the constants and the floor under common words of the ``rank_bm25`` that LaMP uses.
-
-    Args:
-        documents: what is searched, in the order of time.
-    """
-
-    def __init__(self, documents: Sequence[str]) -> None:
-        self._counts = [Counter(text.split()) for text in documents]
-        lengths = np.array([counts.total() for counts in self._counts], dtype=np.float64)
-        self._length_term = _K1 * (1 - _B + _B * lengths / max(1.0, float(lengths.mean()) if len(lengths) else 1.0))
-        n, containing = len(documents), Counter(word for counts in self._counts for word in counts)
-        self._idf = {word: math.log(n - count + 0.5) - math.log(count + 0.5) for word, count in containing.items()}
-        floor = _EPSILON * sum(self._idf.values()) / max(1, len(self._idf))
-        self._idf = {word: floor if idf < 0 else idf for word, idf in self._idf.items()}
-
-    def scores(self, query: str) -> np.ndarray:
-        """Return how well every document fits a query: float64, shape (documents,)."""
-        total = np.zeros(len(self._counts))
-        for word in query.split():
-            count = np.array([counts[word] for counts in self._counts], dtype=np.float64)
-            total += self._idf.get(word, 0.0) * count * (_K1 + 1) / (count + self._length_term)
-        return total
-
-    def nearest(self, query: str, count: int) -> list[int]:
-        """Return the positions of the best documents, best first; of equals the later one."""
-        scores = self.scores(query)
-        return sorted(range(len(scores)), key=lambda at: (scores[at], at), reverse=True)[:count]
 
 
 class Past:
