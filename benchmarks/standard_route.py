@@ -80,9 +80,9 @@ def quantize_with_llama_cpp(
     """
     import llama_cpp
 
-    from cdcda_export.runtime import _keep_log_to_ourselves
+    from cdcda_export.runtime import keep_log_to_ourselves
 
-    _keep_log_to_ourselves()
+    keep_log_to_ourselves()
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.pure, params.allow_requantize = threads, pure, True
     params.ftype = 0 if ftype_name == "f32" else getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype_name.upper()}")

@@ -203,6 +203,41 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run)
 
 
+_BENCH_EXAMPLES = """\
+examples:
+  cdcda bench runs/42                              the newest artifact of user 42, on all cores of this machine
+  cdcda bench runs/42 --phone galaxy-s23           with that phone's cores and memory, and its speed predicted
+  cdcda bench runs/42/onnx-int4 --sustained 3      three minutes of decode without a pause
+  cdcda bench --list-phones                        what is known of which phone
+"""
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} ARTIFACT [--phone PHONE] [options]\n       {parser.prog} --list-phones"
+    parser.description = "How fast and how big: measured here within a phone's limits, predicted for the phone.\n\n" + _BENCH_EXAMPLES
+    parser.add_argument("artifact", type=Path, nargs="?", help="a user's run (runs/42) or an artifact's directory")
+    parser.add_argument("--phone", default="", metavar="PHONE", help="a phone of --list-phones")
+    parser.add_argument("--list-phones", action="store_true", help="list the phones and stop")
+    parser.add_argument(
+        "--protocol", default="llama-bench", metavar="NAME", help="llama-bench: pp512 and tg128 (default); pocketpal: pp256+tg64"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each test (default: 5)")
+    parser.add_argument("--sustained", type=float, default=0.0, metavar="MIN", help="minutes of decode without a pause (default: 0)")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="default: the smaller of the phone's fast cores and this machine's"
+    )
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens that have to go into memory (default: 2048)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from cdcda_mobile.bench_command import run
+
+        return run(arguments)
+
+    parser.set_defaults(function=run)
+
+
 def _chat(arguments: argparse.Namespace) -> None:
     from cdcda_mobile.chat import chat
 
@@ -260,6 +295,7 @@ def main_parser() -> argparse.ArgumentParser:
     augment.set_defaults(function=_augment)
     _add_train(verbs.add_parser("train", help="train LoRA adapters", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_eval(verbs.add_parser("eval", help="measure a personal model", formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_bench(verbs.add_parser("bench", help="how fast, how big, on which phone", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)
     chat = verbs.add_parser("chat", help="talk to an artifact")
     chat.add_argument("path", type=Path, help="a user's run (runs/42) or an artifact's directory")

@@ -87,13 +87,20 @@ def test_logits_are_those_of_the_model(tiny: Tiny, quant: str, bound: float) -> 
     assert kl(expected, np.roll(found, 1, axis=0)) > 2 * bound
 
 
+def test_bench_reads_an_onnx_model_step_by_step(tiny: Tiny) -> None:
+    from cdcda_mobile.phone.measure import Plan, measure
+
+    found = measure(Plan(str(tiny.directory / "int8"), "onnx", "", 1, 16, 4, chained=True, repeats=2), lambda step: None)
+    assert len(found.prefill) == 2 and [len(repeat) for repeat in found.decode] == [4, 4] and found.load > 0
+
+
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_cached_steps_equal_full_recomputation(tiny: Tiny, quant: str) -> None:
     with OnnxModel(tiny.directory / quant) as model:
         prompt = IDS[:10]
-        ids, past = list(prompt), model._step(prompt, model._empty(), 0)[1]
+        ids, past = list(prompt), model.step(prompt, model.empty(), 0)[1]
         for token in IDS[10:34]:  # beyond the sliding window of the tiny gemma3
-            step, past = model._step([token], past, len(ids))
+            step, past = model.step([token], past, len(ids))
             ids.append(token)
             whole = model.logits(ids)[-1]
             assert np.abs(step[-1] - whole).max() < 0.02 * np.abs(whole).max()

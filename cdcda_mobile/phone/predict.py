@@ -16,6 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from cdcda_export.bundle import kv_bytes_per_token
 from cdcda_export.ggml import TYPES
 from cdcda_export.gguf import GgufFile
 from cdcda_mobile.phone.classes import Phone, Soc
@@ -24,7 +25,6 @@ GIGA = 1e9
 WIDTH = 2048  # columns that a layer's seconds in prefill are counted in
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _ROWS_ONLY = ("per_layer_token_embd.weight",)  # a token reads one row
-_CACHE_BYTES = 2  # of a number in the cache: f16
 # That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption; a judgement, not a fit.
 _LAYER_DOUBT = 0.3
 
@@ -73,17 +73,13 @@ def bytes_of(kind: str, weights: float) -> float:
 
 def work_of(file: GgufFile) -> Work:
     """Read a model's work off its tensors."""
-    heads, hidden = int(file.hparam("attention.head_count")), int(file.hparam("embedding_length"))
-    kv_heads = int(file.hparam("attention.head_count_kv", heads))
-    columns = [int(file.hparam(f"attention.{side}_length", hidden // heads)) for side in ("key", "value")]
-    layers = int(file.hparam("block_count"))
+    layers, hidden = int(file.hparam("block_count")), int(file.hparam("embedding_length"))
     output = file[_OUTPUT if _OUTPUT in file else _EMBEDDING]
     weights: Counter[str] = Counter()
     for name, tensor in file.items():
         if name not in (_EMBEDDING, _OUTPUT, *_ROWS_ONLY):
             weights[tensor.type.name] += math.prod(tensor.shape)
-    cache_bytes = layers * kv_heads * sum(columns) * _CACHE_BYTES
-    return Work(dict(weights), output.type.name, math.prod(output.shape), layers, hidden, cache_bytes)
+    return Work(dict(weights), output.type.name, math.prod(output.shape), layers, hidden, kv_bytes_per_token(file))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class OnnxModel:
         if "model" not in tokenizer or "max_position_embeddings" not in config:
             raise FileError(f"{directory} does not hold a model exported with --format onnx; export it again.")
         self._tokenizer: Any = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.n_ctx = int(config["max_position_embeddings"])
+        self.n_ctx, self.vocabulary = int(config["max_position_embeddings"]), int(self._tokenizer.get_vocab_size())
         ends = generation.get("eos_token_id", [])
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._ort = onnxruntime
@@ -95,11 +95,12 @@ class OnnxModel:
         """Return the text of ids, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _empty(self) -> list[Any]:
+    def empty(self) -> list[Any]:
+        """Return the cache before the first token."""
         return [self._ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shapes[name], np.float32)) for name in self._past]
 
-    def _step(self, ids: list[int], past: list[Any], seen: int) -> tuple[np.ndarray, list[Any]]:
-        """Run ``ids`` after ``seen`` tokens; the cache stays in ONNX Runtime's own memory."""
+    def step(self, ids: list[int], past: list[Any], seen: int) -> tuple[np.ndarray, list[Any]]:
+        """Run ``ids`` after ``seen`` tokens; return logits, float32 (len(ids), vocabulary), and the cache, which ONNX Runtime owns."""
         value = self._ort.OrtValue.ortvalue_from_numpy
         feed = {"input_ids": value(np.array([ids], np.int64)), "attention_mask": value(np.ones((1, seen + len(ids)), np.int64))}
         if self._takes_positions:
@@ -110,18 +111,18 @@ class OnnxModel:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Return the next-token logits after every position: float32, shape (len(ids), vocabulary)."""
-        return self._step(ids, self._empty(), 0)[0]
+        return self.step(ids, self.empty(), 0)[0]
 
     def stream(self, prompt: list[int], max_tokens: int) -> Iterator[int]:
         """Yield the most likely continuation token by token, up to the end of the turn (which is left out)."""
-        logits, past = self._step(prompt, self._empty(), 0)
+        logits, past = self.step(prompt, self.empty(), 0)
         seen = len(prompt)
         for _ in range(min(max_tokens, self.n_ctx - len(prompt) - 1)):
             token = int(np.argmax(logits[-1]))
             if token in self.ends:
                 return
             yield token
-            logits, past = self._step([token], past, seen)
+            logits, past = self.step([token], past, seen)
             seen += 1
 
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:

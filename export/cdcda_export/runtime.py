@@ -21,7 +21,7 @@ _log: list[str] = []
 
 
 @cache
-def _keep_log_to_ourselves() -> Any:
+def keep_log_to_ourselves() -> Any:
     """Route llama.cpp's log into a short list: it says why a load failed, and never speaks on the user's screen."""
     import llama_cpp
 
@@ -64,7 +64,7 @@ class LlamaCpp:
             import llama_cpp
         except ImportError as error:
             raise MissingDependency("llama-cpp-python", "export") from error
-        _keep_log_to_ourselves()
+        keep_log_to_ourselves()
         _log.clear()
         self.path = path
         lora = None if adapter is None else str(adapter)

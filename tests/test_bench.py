@@ -1,0 +1,251 @@
+"""``cdcda bench``: limits that hold, runs that say something, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdcda_export.artifact import Artifact
+from cdcda_export.errors import CdcdaError, ConfigError, ExportError, VerificationFailed
+from cdcda_export.gguf import GgufFile
+from cdcda_mobile import bench_command
+from cdcda_mobile.cli import main
+from cdcda_mobile.phone import bench as bench_module
+from cdcda_mobile.phone import constrain
+from cdcda_mobile.phone.bench import PROTOCOLS, bench, fit_of, predicted, summarize
+from cdcda_mobile.phone.classes import Fact, get_phone
+from cdcda_mobile.phone.constrain import Holder, Outcome, choose_cores, hold_memory, run_constrained, throttled_periods
+from cdcda_mobile.phone.predict import Prediction, Speed
+
+Capture = pytest.CaptureFixture[str]
+
+CHILD = """
+import json, os, sys
+from cdcda_mobile.phone.constrain import enter
+given = json.load(sys.stdin)
+enter(given["limits"]["cores"], given["limits"]["group"], given["limits"]["memory"])
+print(json.dumps({"cores": sorted(os.sched_getaffinity(0))}), flush=True)
+block = bytearray(given["bytes"])
+for at in range(0, len(block), 4096):
+    block[at] = 1
+print(json.dumps({"held": len(block)}), flush=True)
+"""
+
+
+def child(allocate: int, memory: int) -> tuple[Outcome, list[dict[str, Any]]]:
+    lines: list[dict[str, Any]] = []
+    cores = choose_cores(1)
+    outcome = run_constrained(
+        [sys.executable, "-c", CHILD], {"bytes": allocate}, cores, memory, lambda line: lines.append(json.loads(line))
+    )
+    assert lines[0] == {"cores": list(cores)}
+    return outcome, lines[1:]
+
+
+def artifact_of(base: Path) -> Artifact:
+    return Artifact("gguf", "f32", base, {"model": base}, [], {}, None)
+
+
+# Limits.
+
+
+@pytest.mark.parametrize("rlimit", [False, True], ids=["as this machine can", "rlimit"])
+def test_a_process_that_wants_more_than_it_may_have_is_out_of_memory(rlimit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rlimit:
+        monkeypatch.setattr(constrain, "hold_memory", lambda memory: Holder("rlimit", memory))
+    enough, lines = child(20_000_000, 200_000_000)
+    assert enough.status == 0 and not enough.out_of_memory and lines == [{"held": 20_000_000}]
+    starved, lines = child(400_000_000, 200_000_000)
+    assert starved.status != 0 and starved.out_of_memory and lines == []
+    assert starved.held_by == enough.held_by and (starved.held_by == "rlimit" if rlimit else starved.held_by != "none")
+
+
+def test_without_a_limit_nothing_is_held() -> None:
+    outcome, lines = child(20_000_000, 0)
+    assert outcome.held_by == "none" and not outcome.out_of_memory and lines == [{"held": 20_000_000}]
+
+
+def test_a_group_of_our_own_is_made_next_to_ours_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 with a folder in the place of the kernel's: files appear in every new group, as the kernel makes them."""
+    made = Path.mkdir
+
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.is_relative_to(tmp_path / "user"):
+            for name in ("cgroup.procs", "memory.max", "memory.swap.max"):
+                (self / name).write_text("")
+
+    (tmp_path / "cgroup.controllers").write_text("memory")
+    (tmp_path / "user" / "shell").mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    holder = hold_memory(123_000_000, tmp_path, "0::/user/shell\n")
+    assert holder.name == "cgroup v2" and holder.directory is not None
+    assert (holder.directory / "memory.max").read_text() == "123000000"
+    assert (holder.directory / "memory.swap.max").read_text() == "0"
+    (holder.directory / "memory.events").write_text("oom 1\noom_kill 0\n")
+    assert not holder.was_exceeded(-9, "")
+    (holder.directory / "memory.events").write_text("oom 1\noom_kill 1\n")
+    assert holder.was_exceeded(-9, "")
+
+
+@pytest.mark.parametrize("own", ["0::/\n", "4:memory:/x\n", "1:cpu,cpuacct:/\n0::/\n"])
+def test_where_no_group_can_be_made_the_process_limits_itself(own: str, tmp_path: Path) -> None:
+    assert hold_memory(1_000_000, tmp_path / "nothing", own) == Holder("rlimit", 1_000_000)
+
+
+def test_throttled_periods_are_those_of_our_group_and_of_all_around_it(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 3\n")
+    (tmp_path / "a" / "b" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 4\n")
+    assert throttled_periods(tmp_path, "0::/a/b\n") == 7
+    (tmp_path / "cpu" / "c").mkdir(parents=True)
+    (tmp_path / "cpu" / "c" / "cpu.stat").write_text("nr_throttled 5\n")
+    assert throttled_periods(tmp_path, "3:cpu,cpuacct:/c\n4:memory:/a\n") == 5
+    assert throttled_periods(tmp_path, "5:pids:/a\n") == 0
+
+
+def test_as_many_cores_as_there_are() -> None:
+    usable = os.sched_getaffinity(0)
+    assert set(choose_cores(10**6)) == usable and len(choose_cores(1)) == 1
+    with pytest.raises(ConfigError, match="at least one core"):
+        choose_cores(0)
+
+
+# Runs.
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_model_is_measured_in_its_runtime(protocol: str, llama_base: Path) -> None:
+    steps: list[str] = []
+    found = bench(artifact_of(llama_base), protocol, 2, 0.0, get_phone("redmi-7a"), 1, steps.append)
+    assert found.measured is not None and found.threads == 1 and found.memory == get_phone("redmi-7a").memory_budget.value
+    got, tests = found.measured, PROTOCOLS[protocol]
+    assert len(got.prefill) == len(got.decode) == 2 and min(*got.prefill, *got.decode) > 0
+    assert len(found.raw["decode"][0]) == tests.answer and got.first_token == pytest.approx(tests.prompt / got.prefill[0], rel=5)
+    assert got.peak_rss > llama_base.stat().st_size and 0 <= got.crowded <= 1
+    assert steps == ["load", "repeat", "repeat"]
+    told = json.loads(json.dumps(found.as_json()))
+    assert told["host"]["cores"] >= 1 and told["versions"]["python"] and told["measured"]["decode"] == got.decode
+
+
+def test_a_model_that_does_not_go_in_is_a_result(llama_base: Path) -> None:
+    small = replace(get_phone("redmi-7a"), memory_budget=Fact(12_000_000, "x"))
+    found = bench(artifact_of(llama_base), "pocketpal", 1, 0.0, small, 1, lambda step: None)
+    assert found.measured is None and found.memory == 12_000_000
+
+
+def test_sustained_decode_is_told_in_windows(llama_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdcda_mobile.phone import measure
+
+    monkeypatch.setattr(measure, "_WINDOW_S", 0.05)
+    plan = measure.Plan(str(llama_base), "gguf", "", 1, 16, 8, chained=False, repeats=1, sustained=0.1)
+    found = measure.measure(plan, lambda step: None)
+    assert len(found.windows) == 2 and all(window["tokens"] >= 1 and window["seconds"] >= 0.05 for window in found.windows)
+
+
+def test_the_speeds_are_those_of_the_seconds() -> None:
+    result = {
+        "load": 1.0,
+        "prefill": [2.0, 4.0, 1.0],
+        "decode": [[0.1] * 9 + [1.1], [0.2] * 10],
+        "windows": [{"tokens": 50, "seconds": 10.0}],
+    }
+    got = summarize({**result, "peak_rss": 7, "waited": 1.0, "worked": 3.0}, PROTOCOLS["pocketpal"])
+    assert got.prefill == [128.0, 64.0, 256.0] and got.first_token == 2.0
+    assert got.decode == pytest.approx([5.0, 5.0]) and got.token_p90 == 0.2
+    assert got.sustained == [5.0] and got.crowded == 0.25
+
+
+@pytest.mark.parametrize(
+    ("outcome", "result", "error", "said"),
+    [
+        (Outcome("", 0, False, "none", 3), {"swapped": 0}, VerificationFailed, "3 periods"),
+        (Outcome("", 0, False, "none", 0), {"swapped": 4096}, VerificationFailed, "swap"),
+        (Outcome("Traceback\nRuntimeError: bad", 1, False, "none", 0), {}, ExportError, "RuntimeError: bad"),
+        (Outcome("", -11, False, "none", 0), {}, ExportError, "exit status -11"),
+    ],
+)
+def test_a_run_that_says_nothing_is_refused(
+    outcome: Outcome, result: dict[str, Any], error: type[CdcdaError], said: str, llama_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: Any, given: Any, cores: Any, memory: int, on_line: Any) -> Outcome:
+        if result:
+            on_line(json.dumps({"result": result}))
+        return outcome
+
+    monkeypatch.setattr(bench_module, "run_constrained", run)
+    with pytest.raises(error, match=said):
+        bench(artifact_of(llama_base), "pocketpal", 1, 0.0, None, 1, lambda step: None)
+
+
+# What is told of a phone.
+
+
+def test_it_fits_is_tight_or_does_not_fit(llama_base: Path) -> None:
+    phone, file = get_phone("redmi-7a"), GgufFile(llama_base)
+    needed = fit_of(phone, file, 1000, 100).needed
+
+    def verdict(budget: int | None) -> str:
+        return fit_of(replace(phone, memory_budget=Fact(budget)), file, 1000, 100).verdict
+
+    assert [verdict(b) for b in (2 * needed, needed, needed - 1, None)] == ["fits", "tight", "does not fit", "unknown"]
+
+
+def test_onnx_is_not_calibrated(llama_base: Path) -> None:
+    phone = get_phone("galaxy-s23")
+    assert predicted(phone, artifact_of(llama_base), "pocketpal") is not None
+    assert predicted(phone, replace(artifact_of(llama_base), format="onnx"), "pocketpal") is None
+    assert "not calibrated" in "".join(bench_command._predicted_lines(phone, None, None))
+    some = Prediction(Speed(10.0, 5.0, 20.0), None, measured=False)
+    text = "\n".join(bench_command._predicted_lines(phone, some, "tight"))
+    assert "tight" in text and "10 tok/s, 90 % between 5 and 20" in text and "unknown" in text
+
+
+# The command.
+
+
+def test_the_list_names_every_phone(capsys: Capture) -> None:
+    assert main(["bench", "--list-phones"]) == 0
+    told = capsys.readouterr().out
+    assert all(phone in told for phone in ("galaxy-s23", "raspberry-pi-5", "i8mm", "v8.0"))
+    assert main(["bench", "--list-phones", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["phones"]["galaxy-s23"]["soc"]["clusters"]["source"] in found["sources"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Name an artifact"),
+        (["runs/none"], "holds no finished artifact"),
+        (["x", "--phone", "galaxy-s32"], "Did you mean 'galaxy-s2"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words: list[str], said: str, capsys: Capture) -> None:
+    assert main(["bench", *words]) != 0
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_command_measures_predicts_and_writes(
+    llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    directory = tmp_path / "42" / "gguf-f32"
+    directory.mkdir(parents=True)
+    monkeypatch.setattr(bench_command, "find_artifact", lambda path: directory)
+    monkeypatch.setattr(bench_command, "read_artifact", lambda path: artifact_of(llama_base))
+    words = ["bench", str(directory), "--phone", "galaxy-s23", "--protocol", "pocketpal", "--repeats", "1", "--threads", "1", "--quiet"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "THIS MACHINE" in told and "PREDICTED for a Samsung Galaxy S23" in told and "pp256" in told
+    written = json.loads((directory.parent / "bench" / "gguf-f32-galaxy-s23-pocketpal.json").read_text())
+    assert written["fit"]["verdict"] == "fits" and written["predicted"]["decode"]["low"] < written["predicted"]["decode"]["high"]
+    monkeypatch.setattr(bench_command, "get_phone", lambda key: replace(get_phone(key), memory_budget=Fact(12_000_000, "x")))
+    assert main(words) == 1
+    assert "out of memory" in capsys.readouterr().out
