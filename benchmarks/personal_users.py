@@ -109,19 +109,25 @@ def people(data: Path, task: str, settings: Row) -> People:
     return People(able[:first], able[first:last], {user: rows for user, rows in everybody.items() if user not in chosen})
 
 
-def curve_people(data: Path, task: str, settings: Row, curve: Row) -> dict[int, list[Person]]:
-    """Return number of real records -> the same users with so many: nobody who was tuned on, all with enough for the most."""
-    everybody, most = histories(data, task), max(curve["real"])
-    tuned = {person.user for person in people(data, task, settings).development}
+def curve_people(data: Path, task: str, settings: Row, curve: Row) -> dict[int, tuple[People, list[Person]]]:
+    """Return number of real records -> the same users with so many, and everybody else without them.
+
+    They are nobody who was tuned on, and have enough records for the most; what others wrote, of which the teacher answers inputs, is
+    never their own.
+    """
+    everybody, most, known = histories(data, task), max(curve["real"]), people(data, task, settings)
+    tuned = {person.user for person in known.development}
     names = [user for user in sorted(everybody) if user not in tuned]
     random.Random(f"curve of {task}").shuffle(names)
-    found: dict[int, list[Person]] = {real: [] for real in curve["real"]}
+    chosen: dict[int, list[Person]] = {real: [] for real in curve["real"]}
     for user in names:
-        known = {real: few(user, everybody[user], real, max(1, real // 5), settings["tests"]) for real in curve["real"]}
-        if len(found[most]) < curve["users"] and all(known.values()):
-            for real, person in known.items():
-                found[real].append(person)
-    return found
+        persons = {real: few(user, everybody[user], real, max(1, real // 5), settings["tests"]) for real in curve["real"]}
+        if len(chosen[most]) < curve["users"] and all(persons.values()):
+            for real, person in persons.items():
+                chosen[real].append(person)
+    measured = {person.user for person in chosen[most]}
+    others = {user: rows for user, rows in known.others.items() if user not in measured}
+    return {real: (replace(known, test=persons, others=others), persons) for real, persons in chosen.items()}
 
 
 def public_inputs(found: People, task: str) -> list[Row]:

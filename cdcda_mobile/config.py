@@ -51,6 +51,10 @@ class TeacherConfig:
     max_requests: int = setting(0, "stop after this many paid requests (0: no limit)", "N")
     token_budget: int = setting(0, "stop after this many prompt+completion tokens (0: no limit)", "N")
 
+    def __post_init__(self) -> None:
+        if self.base_url and self.gguf:
+            raise ConfigError("--teacher-base-url and --teacher-gguf name two teachers; keep one of them.")
+
 
 # The ways to ask (augmentation/prompts.py) and the rules that can be left out (augmentation/select.py); a test holds them to these names.
 STRATEGY_NAMES = ("counterpart", "new", "rewrite", "answer")
@@ -91,6 +95,8 @@ class AugmentConfig:
             raise ConfigError(f"There is no likeness '{self.likeness}'. One of: adapter, or '' for none.")
         if "answer" in self.strategies and not self.inputs:
             raise ConfigError("The strategy 'answer' needs inputs to answer: name them with augment.inputs.")
+        if self.inputs and "answer" not in self.strategies:
+            raise ConfigError("Nothing answers the inputs of augment.inputs; add 'answer' to augment.strategies in a --recipe.")
         for kind, given, known in (("strategy", self.strategies, STRATEGY_NAMES), ("rule", self.without, RULE_NAMES)):
             for name in given:
                 if name not in known:

@@ -20,6 +20,7 @@ from cdcda_export.report import write_report
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.history import Record, Split, read_history, records_in, split_by_time
 from cdcda_mobile.redaction.library import chosen_model
+from cdcda_mobile.teachers.teacher import endpoint_of
 from cdcda_mobile.user_training import UserTraining, train_users, training_settings
 from cdcda_mobile.workspace import Workspace, write_lines
 
@@ -91,7 +92,7 @@ class Pipeline:
 
     def augment_stage(self, history: Manifest) -> Stage:
         """Return the stage of the synthetic records."""
-        teacher = {key: getattr(self.job.teacher, key) for key in ("base_url", "model", "gguf")}
+        teacher = {"base_url": endpoint_of(self.job.teacher), "model": self.job.teacher.model, "gguf": self.job.teacher.gguf}
         inputs = {f"history/{name}": output["sha256"] for name, output in history.outputs.items()}
         gguf = sha256_file(Path(self.job.teacher.gguf)) if self.job.teacher.gguf else self.base.sha256
         config = {**asdict(self.job.augment), "teacher": teacher, "seed": self.job.seed}

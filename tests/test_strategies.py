@@ -18,11 +18,11 @@ from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.augmentation.choice import LESS_ALIKE, LESS_DIVERSE, choose, shares
 from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.augmentation.likeness import LikelihoodGain
-from cdcda_mobile.augmentation.prompts import STRATEGIES, Planner
+from cdcda_mobile.augmentation.prompts import STRATEGIES, Planner, clipped
 from cdcda_mobile.augmentation.public_inputs import read_inputs
 from cdcda_mobile.augmentation.select import RULES, Selector
 from cdcda_mobile.augmentation.style import card_lines, card_request, counted
-from cdcda_mobile.augmentation.textual import farthest_first, grams
+from cdcda_mobile.augmentation.textual import farthest_first, grams, words
 from cdcda_mobile.cli import main
 from cdcda_mobile.config import RULE_NAMES, STRATEGY_NAMES, AugmentConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
@@ -44,7 +44,8 @@ def headlines(*outputs: str) -> list[Record]:
 def test_every_strategy_asks_for_its_fields_and_turns_through_the_records(strategy: str) -> None:
     texts = {"headline": [sentence(5000 + n) for n in range(4)]}
     ours = tuple(r for r in TRAIN if r.task == "headline")[:6]
-    made = Planner(ours, HeldOut(()), plain(strategies=[strategy], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
+    inputs = "others.jsonl" if strategy == "answer" else ""
+    made = Planner(ours, HeldOut(()), plain(strategies=[strategy], inputs=inputs), 1, inputs_only=False, inputs=texts)
     asks = [made.ask(k) for k in range(12)]
     assert {tuple(ask.request.schema["required"]) for ask in asks} == {STRATEGIES[strategy].fields}
     assert len({ask.request.messages[0]["content"] for ask in asks}) == 1  # what a server computes once
@@ -71,6 +72,33 @@ def test_an_input_of_somebody_elses_that_is_held_out_is_not_answered() -> None:
     texts = {"headline": [held.input.upper(), sentence(5001)]}
     made = Planner(TRAIN, HeldOut(HELD_OUT), plain(strategies=["answer"], inputs="others.jsonl"), 1, inputs_only=False, inputs=texts)
     assert {made.ask(k).input for k in range(60) if made.ask(k).strategy == "answer"} == {sentence(5001)}
+
+
+def test_what_nobody_answers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Nothing answers the inputs"):
+        plain(strategies=["new"], inputs="others.jsonl")
+    with pytest.raises(DataError, match="holds no input of the task"):
+        Planner(TRAIN, HeldOut(()), plain(strategies=["answer"], inputs="o"), 1, inputs_only=False, inputs={"commit": ["x.py"]})
+
+
+def test_a_held_out_text_is_never_sent_and_a_script_without_spaces_is_no_way_around() -> None:
+    secret = "今天市政府宣布新的公园将在明年春天开放"
+    out = HeldOut([Record("t", "2024-09-09", "headline", "一个很短的输入文本在这里写着", secret)])
+    assert out.shown_in(f"他说{secret}了") and not out.shown_in("今天市政府宣布")
+    with pytest.raises(DataError, match="nothing was sent"):
+        out.assert_not_shown([{"content": f"records: {secret}"}])
+    assert words(clipped(secret * 200)) <= 110
+
+
+@pytest.mark.parametrize("text", ['{"output": "a \\ud83d b"}', "{" * 3000 + '"output"'])
+def test_an_answer_that_no_file_can_hold_is_refused(text: str) -> None:
+    ours = tuple(r for r in TRAIN if r.task == "headline")[:6]
+    made = Planner(ours, HeldOut(()), plain(strategies=["answer"], inputs="o"), 1, inputs_only=False, inputs={"headline": [sentence(5000)]})
+
+    def encode(task: str, given: str) -> bool:
+        return bool(given.encode("utf-8"))
+
+    assert Selector(ours, (), plain(without=[*RULES]), encode).judge(made.ask(0), text).rule == "schema"
 
 
 def test_a_label_is_the_best_guess_and_a_text_is_drawn() -> None:

@@ -22,7 +22,7 @@ from cdcda_export.progress import Silent
 from cdcda_mobile.config import TeacherConfig
 from cdcda_mobile.teachers.endpoint import OpenAITeacher
 from cdcda_mobile.teachers.local_teacher import LocalTeacher, local_server
-from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, Answer, AnswerLog, Budget, Request, hire
+from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, Answer, AnswerLog, Budget, Request, endpoint_of, hire
 from cdcda_mobile.teachers.teacher_server import stateless_llama
 from fake_endpoint import FakeEndpoint, Reply, chat, failure, serving
 
@@ -207,6 +207,13 @@ def test_models_that_are_no_list_or_an_empty_one() -> None:
 def test_an_empty_message_is_an_answer_and_tokens_are_estimated_where_not_counted() -> None:
     with serving(lambda body: Reply(body='{"choices": [{"message": {"content": null}}]}')) as endpoint:
         assert teacher_of(endpoint).complete(request("x" * 40)) == Answer("", 10, 0)
+
+
+def test_who_names_a_gguf_means_it_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://elsewhere.invalid/v1")
+    assert endpoint_of(TeacherConfig()) == "http://elsewhere.invalid/v1" and endpoint_of(TeacherConfig(gguf="teacher.gguf")) == ""
+    with pytest.raises(ConfigError, match="two teachers"):
+        TeacherConfig(base_url="http://elsewhere.invalid/v1", gguf="teacher.gguf")
 
 
 def test_hire_takes_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

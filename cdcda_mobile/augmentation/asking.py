@@ -134,7 +134,8 @@ class Asking:
         self._progress.done(f"{self._good} of {len(self.judged)} answers can be used")
 
     def _wants_more(self) -> bool:
-        limit, spent = self._desk.budget.token_budget, self.prompt_tokens + self.completion_tokens
+        cards = sum(card.prompt_tokens + card.completion_tokens for card in self._desk.cards)
+        limit, spent = self._desk.budget.token_budget, cards + self.prompt_tokens + self.completion_tokens
         if limit and spent >= limit:  # counted over judged answers alone, this is the same for any concurrency
             self.stopped = f"--token-budget {limit}"
             return False

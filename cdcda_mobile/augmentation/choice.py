@@ -1,4 +1,4 @@
-"""Which of the candidates are kept: as the user's own mix wants it, those most like the user, and among them those that differ most."""
+"""Which of the candidates are kept: of every group its share, in it those most like the user, and among them those that differ most."""
 
 from __future__ import annotations
 

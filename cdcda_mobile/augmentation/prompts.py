@@ -159,7 +159,7 @@ class Planner:
         hide: makes of such an input what the teacher may see.
 
     Raises:
-        DataError: no training record may be shown.
+        DataError: no training record may be shown, or there is nothing that the only strategy could answer.
     """
 
     def __init__(
@@ -181,6 +181,8 @@ class Planner:
         if not grouped:
             raise DataError("Every training record repeats a held-out text, so none may be shown to the teacher; use --keep 0.")
         public = {name: [text for text in (inputs or {}).get(_made(name), ()) if not held_out.stands_in(name, text)] for name in grouped}
+        if config.strategies == ["answer"] and not inputs_only and not any(public.values()):
+            raise DataError(f"{config.inputs} holds no input of the task {', '.join(grouped)} that may be shown; see augment.inputs.")
         self._subjects = {name: _Subject(name, rows, config, public[name], inputs_only) for name, rows in grouped.items()}
         self._tasks = Proportion({name: len(rows) for name, rows in grouped.items()})
         self._card = {name: [line for line in (card or {}).get(name, ()) if not held_out.shown_in(line)] for name in grouped}
@@ -192,7 +194,10 @@ class Planner:
         strategy, turn = subject.strategies.at(number)
         near, given = self._near(name, strategy, turn, chance)
         input_, output = (given, "") if strategy == "answer" else ("", given)
-        shown = self._few(subject, near, chance) if self._turns else (*subject.shown, near)
+        if self._turns:
+            shown = self._few(subject, near, chance)
+        else:
+            shown = (*subject.shown, near) if "{record}" in STRATEGIES[strategy].question else subject.shown
         messages = self._few_shot(subject, shown, output) if self._turns else self._messages(name, strategy, near, given)
         self._held_out.assert_not_shown(messages)
         request = self._request(subject, strategy, messages, k)
@@ -285,7 +290,9 @@ class Planner:
 def clipped(text: str) -> str:
     """Return the beginning of a text, as much as a prompt has room for."""
     found = _BEGINNING.match(text)
-    return found[0] if found else text
+    cut = found[0] if found else text
+    counted = words(cut)  # more than the pattern sees where there are no spaces
+    return cut[: len(cut) * _SHOWN_WORDS // counted] if counted > _SHOWN_WORDS else cut
 
 
 def _made(name: str) -> str:

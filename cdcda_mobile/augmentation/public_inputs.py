@@ -24,7 +24,7 @@ def read_inputs(path: Path) -> dict[str, list[str]]:
         ConfigError: there is no such task.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # nothing else ends a line of JSON
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}; see augment.inputs.") from error
     found: dict[str, dict[str, None]] = {}

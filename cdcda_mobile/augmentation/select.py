@@ -64,7 +64,7 @@ def first_object(text: str) -> object:
     while start >= 0:
         try:
             return decoder.raw_decode(text, start)[0]
-        except ValueError:
+        except (ValueError, RecursionError):
             start = text.find("{", start + 1)
     return None
 
@@ -233,6 +233,8 @@ def _parsed(ask: Ask, text: str) -> tuple[dict[str, str], str]:
     written = {name: _tidy(value[name]) for name in names}
     if not all(written.values()):
         return {}, "empty text"
+    if any("\ud800" <= char <= "\udfff" for text in written.values() for char in text):
+        return {}, "half of a character"  # no tokenizer and no file takes it
     return {side: written.get(side) or getattr(ask, side) for side in ("input", "output")}, ""
 
 
@@ -249,7 +251,7 @@ def _why_length(text: str, own: _Own) -> str:
 
 
 def _why_no_text(text: str, own: _Own) -> str:
-    if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char != "\n") or char == "\ufffd" for char in text):
+    if any((ord(char) < 32 and char != "\n") or char == "\ufffd" for char in text):
         return "broken characters"
     if loops(text):
         return "repeats itself"

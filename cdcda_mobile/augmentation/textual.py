@@ -24,17 +24,18 @@ def normalized(text: str) -> str:
 def words(text: str) -> int:
     """Count the words of a text; a script without spaces counts its characters in pairs."""
     found = _WORD.findall(text)
-    return sum(1 if word.isascii() else max(1, _wide(word) // 2) for word in found)
+    return sum(1 if word.isascii() else max(1, wide(word) // 2) for word in found)
 
 
-def _wide(word: str) -> int:
-    return sum(unicodedata.east_asian_width(char) in "WF" for char in word)
+def wide(text: str) -> int:
+    """Count the characters of scripts that put no spaces between words."""
+    return sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
 def grams(text: str) -> frozenset[tuple[str, ...]]:
     """Return the set of three words in a row; of single words, or of characters, where there are too few of them."""
     units = normalized(text).split()
-    if len(units) < _GRAM and _wide(text) >= _GRAM:
+    if len(units) < _GRAM and wide(text) >= _GRAM:
         units = list(normalized(text).replace(" ", ""))
     if len(units) < _GRAM:
         return frozenset((unit,) for unit in units)

@@ -80,7 +80,7 @@ def retrieval_probes(
         encoding: of the base.
         count: how many records are shown at most.
         max_tokens: of prompt and answer together.
-        answer_tokens: kept free for the answer.
+        answer_tokens: kept free for the answer, or as many as the real one has.
 
     Raises:
         ExportError: a question alone does not fit.
@@ -88,7 +88,8 @@ def retrieval_probes(
     past, probes = Past(train), []
     for record in test:
         shown = past.nearest(record, count)
-        while shown and _length(encoding, retrieval_turn(record, shown)) + answer_tokens > max_tokens:
+        free = max(answer_tokens, len(encoding.tokenizer.encode(record.output)) + 1)  # the whole answer is scored, as in every other arm
+        while shown and _length(encoding, retrieval_turn(record, shown)) + free > max_tokens:
             shown.pop()
         try:
             turn = retrieval_turn(record, shown)

@@ -49,6 +49,7 @@ class Settings:
         exports: of the measured artifacts; one of them by name for each precision.
         answer_tokens: of a greedy answer at most.
         max_tokens: of prompt and answer together.
+        origin: a hash of what else decides the synthetic records (prompts, teacher), kept with every measurement.
     """
 
     train: TrainConfig
@@ -56,6 +57,7 @@ class Settings:
     exports: tuple[ExportConfig, ...] = (ExportConfig(quant=FLOAT), ExportConfig())
     answer_tokens: int = 48
     max_tokens: int = 1024
+    origin: str = ""
 
     @property
     def precisions(self) -> list[str]:
@@ -167,7 +169,8 @@ class Experiment:
             found = json.loads(self._file(person, name, seed).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return cells_of(found["cells"]) if found.get("identity") == self._identity(person, name, seed) else None
+        known = isinstance(found, dict) and found.get("identity") == self._identity(person, name, seed)
+        return cells_of(found["cells"]) if known else None
 
     # Training.
 
@@ -214,10 +217,11 @@ class Experiment:
     def _measure(self, person: Person, name: str, seed: int) -> None:
         arm, cells = get_arm(name), []
         if arm.rule:
-            # A rule is read off the past; a task without one has no cell.
-            tasks = {record.task for record in person.train}
+            # A rule is read off all records that are known of the user; a task without one has no cell.
+            few = (*person.train, *person.validation)
+            tasks = {record.task for record in few}
             known = replace(person, test=tuple(record for record in person.test if record.task in tasks))
-            cells = self._cells(known, name, seed, "none", rule_answers(known.train, known.test), None)
+            cells = self._cells(known, name, seed, "none", rule_answers(few, known.test), None)
         else:
             self._folder(person, name, seed).mkdir(parents=True, exist_ok=True, mode=0o700)
             for export in self.settings.exports:
@@ -237,6 +241,7 @@ class Experiment:
         found = {
             "identity": self._identity(person, name, seed),
             "settings": decides,
+            "origin": self.settings.origin,
             "training": training,
             "cells": [asdict(cell) for cell in cells],
         }

@@ -219,10 +219,8 @@ def overview(cells: Sequence[Cell]) -> str:
         ]
         columns = [(metric, kind) for metric in (NLL, next(iter(mine[0].metrics))) for kind in kinds]
         users = len(_distinct(mine, lambda cell: cell.user))
-        lines += [
-            "",
-            f"{task}: {sum(c.n for c in mine if c.place == mine[0].place)} held-out records of {users} {'user' if users == 1 else 'users'}",
-        ]
+        records = sum(c.n for c in mine if (c.place, c.seed) == (mine[0].place, mine[0].seed))
+        lines += ["", f"{task}: {records} held-out records of {users} {'user' if users == 1 else 'users'}"]
         lines.append(f"  {'':<18}" + "".join(f"{f'{metric} {kind}':>16}" for metric, kind in columns))
         for arm in _distinct(mine, lambda cell: cell.arm):
             shown = (_mean_of(mine, arm, metric, kind) for metric, kind in columns)

@@ -220,8 +220,8 @@ class Hired:
 
 
 def endpoint_of(config: TeacherConfig) -> str:
-    """Return the endpoint's URL from the configuration or the environment, '' for the local teacher."""
-    return config.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    """Return the endpoint's URL, '' for the local teacher: who names a GGUF means it, whatever the environment says."""
+    return config.base_url or ("" if config.gguf else os.environ.get("OPENAI_BASE_URL", ""))
 
 
 def slots_of(config: TeacherConfig) -> int:
