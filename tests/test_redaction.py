@@ -16,11 +16,11 @@ from cdcda_export.progress import Silent
 from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.augmentation.prompts import Planner
 from cdcda_mobile.augmentation.select import Selector
+from cdcda_mobile.augmentation.veil import Veil
 from cdcda_mobile.config import RULE_NAMES, AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction import Redactor, name_finder
 from cdcda_mobile.redaction.library import PLAIN, chosen_model
-from cdcda_mobile.redaction.veil import Veil
 from fake_endpoint import Reply, chat, serving
 
 # kind -> what stands in a text: the value after " | " where words around it are needed

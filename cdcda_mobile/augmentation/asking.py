@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cdcda_export.errors import CdcdaError
 from cdcda_export.progress import Progress
 from cdcda_mobile.augmentation.prompts import Ask
-from cdcda_mobile.redaction.veil import Judge
+from cdcda_mobile.augmentation.select import Judge
 from cdcda_mobile.teachers.pool import Pool
 from cdcda_mobile.teachers.teacher import Answer, AnswerLog, Budget, Hired, Request
 

@@ -23,9 +23,9 @@ from cdcda_mobile.augmentation.prompts import Planner
 from cdcda_mobile.augmentation.public_inputs import read_inputs
 from cdcda_mobile.augmentation.select import Fits, Selector, anything
 from cdcda_mobile.augmentation.style import card_lines, card_request, counted
+from cdcda_mobile.augmentation.veil import Veil
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.redaction.veil import Veil
 from cdcda_mobile.tasks import get_task
 from cdcda_mobile.teachers.teacher import AnswerLog, Budget, Hired, Request, Teacher, hire
 

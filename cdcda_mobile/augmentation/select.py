@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cdcda_mobile.augmentation.prompts import Ask
 from cdcda_mobile.augmentation.textual import contained, grams, jaccard, languages, letter_share, loops, normalized, scripts, words
@@ -86,6 +87,14 @@ class _Candidate:
     def free(self) -> tuple[str, ...]:
         """Those of them that are free text."""
         return tuple(side for side in self.written if side == "input" or not self.ask.task.labels)
+
+
+class Judge(Protocol):
+    """Who says whether an answer becomes a record, such as a :class:`Selector`."""
+
+    def judge(self, ask: Ask, text: str) -> Verdict:
+        """Judge one answer."""
+        ...
 
 
 class Selector:

@@ -9,9 +9,9 @@ from typing import Any
 from cdcda_export.manifest import sha256_file
 from cdcda_export.progress import Progress
 from cdcda_mobile.augmentation.augment import candidates_of, planned, wanted_of
+from cdcda_mobile.augmentation.veil import Veil
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
-from cdcda_mobile.redaction.veil import Veil
 from cdcda_mobile.teachers.endpoint import FORMATS, request_body
 from cdcda_mobile.teachers.teacher import AnswerLog, Request, endpoint_of
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from cdcda_export.progress import Progress
 from cdcda_mobile.augmentation.prompts import Ask
-from cdcda_mobile.augmentation.select import Verdict, first_object
+from cdcda_mobile.augmentation.select import Judge, Verdict, first_object
 from cdcda_mobile.config import AugmentConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction.library import name_finder
 from cdcda_mobile.redaction.redactor import Redactor
-
-
-class Judge(Protocol):
-    """Who says whether an answer becomes a record, such as :class:`cdcda_mobile.augmentation.select.Selector`."""
-
-    def judge(self, ask: Ask, text: str) -> Verdict:
-        """Judge one answer."""
-        ...
 
 
 class Veil:
