@@ -47,6 +47,10 @@ def evaluate(arguments: argparse.Namespace, configs: Configs) -> int:
         raise ConfigError("Name whose model to evaluate with --user (samples: 17, 42, 63, 88), or many with --users FILE|all.")
     if arguments.dry_run:
         raise ConfigError("--dry-run does not go with eval; `cdcda train --user ID --dry-run` says what precedes it.")
+    if arguments.seeds < 1:
+        raise ConfigError("--seeds is the number of trainings of each arm: at least 1.")
+    if arguments.canary and (arguments.arms or arguments.predictions is not None):
+        raise ConfigError("--canary trains one model with planted secrets: --arms and --predictions do not go with it.")
     _check(configs["train"], configs["export"])
     from cdcda_export.base import Base
     from cdcda_mobile.cohorts import refuse_twice
@@ -132,7 +136,8 @@ def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, 
     make_private(out)
     write_json(out / "eval.json", report["json"])
     write_atomic(out / "eval.md", report["markdown"])
-    write_atomic(out / "eval.svg", report["svg"])
+    if report["svg"]:  # nothing to draw where there is one arm
+        write_atomic(out / "eval.svg", report["svg"])
     if arguments.json:
         print_json(report["json"])
     else:

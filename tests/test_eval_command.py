@@ -177,6 +177,8 @@ def test_predictions_have_lamps_own_form(desk: Desk, tmp_path: Path, capsys: Cap
         (["--arms", "cdcdaa"], "There is no arm 'cdcdaa'. Did you mean 'cdcda'?"),
         (["--arms", "cdcda-other"], "name at least two with --users"),
         (["--arms", "cdcda-unselected"], "benchmarks/personalization.py has it"),
+        (["--seeds", "0"], "at least 1"),
+        (["--canary", "--arms", "base"], "do not go with it"),
     ],
 )
 def test_what_is_refused(desk: Desk, more: list[str], said: str, capsys: Capture) -> None:
