@@ -50,6 +50,52 @@ def test_nobody_is_both_tuned_on_and_tested() -> None:
         assert not tuned.intersection(tested)
 
 
+def test_what_the_curves_people_wrote_is_never_among_the_others_inputs() -> None:
+    from personal_users import curve_people, histories, public_inputs
+
+    folder = os.environ.get("CDCDA_DATA")
+    if not folder:
+        pytest.skip("CDCDA_DATA is not set")
+    settings = tomllib.loads((RESULTS.parent / "personalization.toml").read_text(encoding="utf-8"))
+    task = settings["curve"]["task"]
+    everything = histories(Path(folder), task)
+    for real, (found, chosen) in curve_people(Path(folder), task, settings["users"], settings["curve"]).items():
+        assert [len(p.train) + len(p.validation) <= real for p in chosen] == [True] * settings["curve"]["users"]
+        others = {row["input"] for row in public_inputs(found, task)}
+        of_others = {record.input for user, rows in everything.items() if user not in {p.user for p in chosen} for record in rows}
+        for person in chosen:
+            assert not others & ({record.input for record in everything[person.user]} - of_others)
+
+
+def test_a_report_is_made_of_everything_and_of_one_experiment(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from cdcda_mobile.evaluation.report import Cell
+    from personalization import finished_cells, tables
+
+    def put(user: str, arm: str, seed: int, nll: float, settings: str = "a") -> None:
+        cell = Cell("headline", user, arm, seed, "f16", 10 * nll, 10, {"ROUGE-L": nll / 10}, 3, f"tests of {user}")
+        path = tmp_path / user / f"{arm}-{seed}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "origin": "x", "cells": [asdict(cell)]}))
+
+    users, arms = ["u1", "u2", "u3"], ["base", "cdcda"]
+    for number, user in enumerate(users):
+        put(user, "base", 0, 5.0)
+        for seed in (0, 1):
+            put(user, "cdcda", seed, 4.0 + 0.1 * number + seed)
+    cells = finished_cells(tmp_path, users, arms, [0, 1])
+    figures = tables(cells)[0]
+    assert len(cells) == 9 and figures["headline_cdcda_minus_base_nll"] == pytest.approx(-0.4)
+    with pytest.raises(SystemExit, match="3 of 12 measurements .* are missing"):
+        finished_cells(tmp_path, users, arms, [0, 1, 2])
+    with pytest.raises(SystemExit, match="not in the experiment"):
+        finished_cells(tmp_path, users[:2], arms, [0, 1])
+    put("u3", "cdcda", 1, 5.2, settings="b")
+    with pytest.raises(SystemExit, match="several settings"):
+        finished_cells(tmp_path, users, arms, [0, 1])
+
+
 def test_the_clock_knows_the_parts_of_a_training() -> None:
     from training_profile import _PARTS
 
