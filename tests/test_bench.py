@@ -140,6 +140,12 @@ def test_a_model_that_does_not_go_in_is_a_result(llama_base: Path) -> None:
     assert found.measured is None and found.memory == 12_000_000
 
 
+@pytest.mark.parametrize(("protocol", "repeats", "said"), [("pocketpall", 1, "Did you mean 'pocketpal'"), ("pocketpal", 0, "at least 1")])
+def test_numbers_and_names_that_make_no_sense(protocol: str, repeats: int, said: str, llama_base: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        bench(artifact_of(llama_base), protocol, repeats, 0.0, None, 1, lambda step: None)
+
+
 def test_sustained_decode_is_told_in_windows(llama_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cdcda_mobile.phone import measure
 

@@ -127,12 +127,14 @@ def bench(
         step: told of every test that is done.
 
     Raises:
-        ConfigError: there is no such protocol.
+        ConfigError: there is no such protocol, or a number makes no sense.
         VerificationFailed: something slowed the run down, so that it says nothing.
         ExportError: the runtime failed.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"There is no protocol '{protocol}'.{did_you_mean(protocol, PROTOCOLS)}")
+    if repeats < 1 or sustained < 0 or threads < 0:
+        raise ConfigError("--repeats has to be at least 1, --sustained and --threads at least 0.")
     tests = PROTOCOLS[protocol]
     wanted = threads or (phone.soc.big_cores if phone else 0) or 10**6
     cores = choose_cores(wanted)

@@ -59,11 +59,11 @@ class Holder:
     memory: int = 0
     directory: Path | None = None
 
-    def was_exceeded(self, outcome: int, complaint: str) -> bool:
-        """Tell whether a process that ended so was stopped by the limit."""
+    def was_exceeded(self, status: int, complaint: str) -> bool:
+        """Tell whether a process that ended with a status and a complaint was stopped by the limit."""
         if self.directory is not None:
             return any(_counter(self.directory / name, "oom_kill") for name in ("memory.events", "memory.oom_control"))
-        return self.name == "rlimit" and outcome != 0 and _starved(complaint, outcome)
+        return self.name == "rlimit" and status != 0 and _starved(complaint, status)
 
     def close(self) -> None:
         """Remove the group."""
