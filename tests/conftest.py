@@ -37,6 +37,15 @@ def llama_adapter(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real people's records and published measurements, where they are."""
+    folder = os.environ.get("CDCDA_DATA")
+    if not folder:
+        pytest.skip("CDCDA_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def real_base() -> Path:
     """The default base model, SmolLM2-135M-Instruct."""
     return default_base()

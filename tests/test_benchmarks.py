@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +33,12 @@ def test_a_plot_is_xml_and_holds_every_point() -> None:
     assert len(root.findall(".//{*}circle")) == 4
 
 
-def test_nobody_is_both_tuned_on_and_tested() -> None:
+def test_nobody_is_both_tuned_on_and_tested(shared_data: Path) -> None:
     """Also not in the sister task: headlines and sections are the same people's articles."""
     from personal_users import SOURCES, people
 
-    folder = os.environ.get("CDCDA_DATA")
-    if not folder:
-        pytest.skip("CDCDA_DATA is not set")
     settings = tomllib.loads((RESULTS.parent / "personalization.toml").read_text(encoding="utf-8"))["users"]
-    found = {task: people(Path(folder), task, settings) for task in SOURCES}
+    found = {task: people(shared_data, task, settings) for task in SOURCES}
     tuned = {person.user for one in found.values() for person in one.development} | set(settings["seen"])
     for one in found.values():
         tested = [person.user for person in one.test]
@@ -50,16 +46,13 @@ def test_nobody_is_both_tuned_on_and_tested() -> None:
         assert not tuned.intersection(tested)
 
 
-def test_what_the_curves_people_wrote_is_never_among_the_others_inputs() -> None:
+def test_what_the_curves_people_wrote_is_never_among_the_others_inputs(shared_data: Path) -> None:
     from personal_users import curve_people, histories, public_inputs
 
-    folder = os.environ.get("CDCDA_DATA")
-    if not folder:
-        pytest.skip("CDCDA_DATA is not set")
     settings = tomllib.loads((RESULTS.parent / "personalization.toml").read_text(encoding="utf-8"))
     task = settings["curve"]["task"]
-    everything = histories(Path(folder), task)
-    for real, (found, chosen) in curve_people(Path(folder), task, settings["users"], settings["curve"]).items():
+    everything = histories(shared_data, task)
+    for real, (found, chosen) in curve_people(shared_data, task, settings["users"], settings["curve"]).items():
         assert [len(p.train) + len(p.validation) <= real for p in chosen] == [True] * settings["curve"]["users"]
         others = {row["input"] for row in public_inputs(found, task)}
         of_others = {record.input for user, rows in everything.items() if user not in {p.user for p in chosen} for record in rows}

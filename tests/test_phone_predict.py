@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,13 +78,10 @@ def test_what_is_not_known_is_not_told() -> None:
     assert predict(get_phone("redmi-7a"), LARGE).decode is None
 
 
-def test_the_coefficients_are_what_the_published_measurements_give() -> None:
+def test_the_coefficients_are_what_the_published_measurements_give(shared_data: Path) -> None:
     import phone_prediction
 
-    folder = os.environ.get("CDCDA_DATA")
-    if not folder:
-        pytest.skip("CDCDA_DATA is not set")
-    rows = phone_prediction.measurements(Path(folder))
+    rows = phone_prediction.measurements(shared_data)
     for name, kind in phone_prediction.KINDS.items():
         fitted = phone_prediction.measured_chips(phone_prediction.fit(rows, kind))
         for chip, values in coefficients()[name]["chips"].items():
