@@ -8,9 +8,8 @@ Every measurement is a small JSON in results/personalization/TASK/USER/ARM-SEED.
 time; ``report`` makes tables of them and refuses what is incomplete or was measured in two ways. The teacher's answers and the adapters
 lie in --work and hold people's words: they are never committed.
 
-    CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME] [--development]
-    CDCDA_DATA=... python benchmarks/personalization.py arms  --teacher MODEL.gguf [--task NAME] [--development] [--arms A,B]
-    CDCDA_DATA=... python benchmarks/personalization.py curve --teacher MODEL.gguf
+    CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME | --curve] [--development]
+    CDCDA_DATA=... python benchmarks/personalization.py arms [--task NAME | --curve] [--development] [--arms A,B] [--part I/N]
     CDCDA_DATA=... python benchmarks/personalization.py report [--seeds N]
 """
 
@@ -20,30 +19,19 @@ import argparse
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.base import Base
-from cdcda_export.errors import CdcdaError
-from cdcda_export.manifest import sha256_file, sha256_json, write_atomic, write_json
-from cdcda_export.progress import Plain, Progress
-from cdcda_export.recipe import ExportConfig
-from cdcda_mobile.augmentation.augment import augment
-from cdcda_mobile.augmentation.select import RULES
-from cdcda_mobile.config import AugmentConfig, TeacherConfig, TrainConfig
-from cdcda_mobile.dataset import encoding_of
-from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
-from cdcda_mobile.evaluation.experiment import Experiment, Settings
+from cdcda_export.manifest import write_atomic
+from cdcda_export.progress import Plain
+from cdcda_mobile.evaluation.arms import ARMS
 from cdcda_mobile.evaluation.forest import forest_svg
-from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown, hash_of
-from cdcda_mobile.history import Record, records_in
-from cdcda_mobile.training.lora import save_adapter
-from cdcda_mobile.training.schedule import Example, Order
-from cdcda_mobile.user_training import train_orders
+from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown
 from laboratory import RESULTS, write_results
-from personal_users import SOURCES, People, curve_people, people, public_inputs, shared_records
+from personal_laboratory import Laboratory
+from personal_users import SOURCES, curve_people, people
 from plot import Panel, svg
 
 HERE = Path(__file__).resolve().parent
@@ -59,114 +47,6 @@ FIGURES = {  # figure: the arms whose difference it is
 PRECISIONS = ("f16", "q4_0")
 MAIN_METRICS = ("ROUGE-L", "accuracy")
 CURVE, CURVE_ARMS = "personalization_curve", ("personal", "cdcda")
-
-
-class Laboratory:
-    """One task of the experiment.
-
-    Args:
-        task: a key of ``SOURCES``.
-        settings: ``personalization.toml``.
-        found: the task's users.
-        measured: those of them that are measured.
-        work: where answers and adapters lie.
-        results: receives a folder for each user.
-        teacher: the teacher's GGUF.
-        progress: told what goes on.
-    """
-
-    def __init__(
-        self,
-        task: str,
-        settings: dict[str, Any],
-        found: People,
-        measured: Sequence[Person],
-        work: Path,
-        results: Path,
-        teacher: Path,
-        progress: Progress,
-    ) -> None:
-        self.task, self.settings, self.progress, self.teacher = task, settings, progress, teacher
-        self.found, self.people = found, measured
-        self.base = Base(None, progress)
-        self.encoding = encoding_of(self.base.file)
-        self.work, self.results = work, results
-        own = settings["tasks"][task]
-        self.train = TrainConfig(**settings["train"] | own.get("train", {}))
-        self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        inputs = self.work / "inputs.jsonl"
-        write_atomic(inputs, "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task)))
-        self.augment = AugmentConfig(**settings["augment"] | own.get("augment", {}), inputs=str(inputs))
-
-    def origin(self) -> str:
-        """Return a hash of what decides the synthetic records beside the users' own: settings, others' inputs and teacher."""
-        return sha256_json([asdict(replace(self.augment, inputs="")), sha256_file(Path(self.augment.inputs)), sha256_file(self.teacher)])
-
-    # Synthetic records.
-
-    def pools(self, names: Sequence[str]) -> list[Person]:
-        """Return the users with the synthetic records that some arms need; what the teacher has not written yet it writes now."""
-        wanted = {ARMS[name].synthetic for name in names}
-        made = []
-        for person in self.people:
-            found = {"selected": self._written(person, "selected", self.augment)}
-            if "unselected" in wanted:
-                # The same requests in the same order, whatever can be read taken as it comes: what selection has to beat.
-                plain = replace(self.augment, keep=len(found["selected"]), pool=1.0, without=[*RULES], per_real=100.0)
-                found["unselected"] = self._written(person, "unselected", plain)
-            made.append(replace(person, synthetic=found))
-        return with_others(made) if "other" in wanted else made
-
-    def _written(self, person: Person, name: str, config: AugmentConfig) -> tuple[Record, ...]:
-        folder = self.work / person.user
-        out = folder / name
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        result = augment(
-            person.train,
-            person.held_out,
-            person.user,
-            config,
-            TeacherConfig(gguf=str(self.teacher)),
-            self.base.file.path,
-            0,
-            out,
-            folder / "answers.jsonl",
-            self.progress,
-            fits=lambda task, given: self.encoding.fits(task, given, self.train.max_tokens),
-        )
-        write_json(out / "metrics.json", result.metrics())
-        return tuple(records_in(out / "kept.jsonl"))
-
-    # Arms.
-
-    def shared(self) -> Path:
-        """Return the adapter of other users, trained once."""
-        records = shared_records(self.found, self.settings["users"])
-        folder = self.work / f"shared-{sha256_json([hash_of(records), asdict(self.train)])[:12]}"
-        if (folder / "whole.json").exists():
-            return folder
-        folder.mkdir(exist_ok=True, mode=0o700)
-        probes = self.encoding.probes(records, self.train.max_tokens)
-        held = len(probes) // 10
-        order = Order("shared", [Example(probe) for probe in probes[held:]], probes[:held], folder)
-        steps = 3 * len(probes) // 8
-        config = replace(self.train, batch_size=8, max_steps=steps, evaluate_every=max(1, steps // 12))
-        (outcome,) = train_orders(self.base, [order], config, self.progress)
-        if isinstance(outcome, CdcdaError):
-            raise outcome
-        save_adapter(outcome.layers, self.base.name, folder)
-        write_json(folder / "whole.json", outcome.metrics())
-        return folder
-
-    def arms(self, names: Sequence[str], seeds: Sequence[int], precisions: Sequence[str]) -> list[Cell]:
-        """Train and measure."""
-        shared = self.shared() if any(ARMS[name].shared for name in names) else None
-        exports = tuple(ExportConfig(quant=kind) for kind in precisions)
-        settings = Settings(self.train, shared, exports, answer_tokens=32, max_tokens=768, origin=self.origin())
-        experiment = Experiment(
-            self.base, self.pools(names), settings, lambda user: self.work / user / "arms", lambda user: self.results / user, self.progress
-        )
-        return experiment.run(names, seeds)
 
 
 def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str, str]:
@@ -251,49 +131,61 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Write, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("pools", "arms", "curve", "report"))
-    parser.add_argument("--teacher", type=Path, help="GGUF of the teacher")
+    parser.add_argument("stage", choices=("pools", "arms", "report"))
+    parser.add_argument("--teacher", type=Path, help="GGUF of the teacher (pools)")
     parser.add_argument("--task", choices=(*SOURCES,), action="append")
+    parser.add_argument("--curve", action="store_true", help="the people of the learning curve instead")
     parser.add_argument("--development", action="store_true", help="the users that choices are tuned on; results stay in --work")
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--users", type=int, default=0, help="only so many of them (0: all)")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="measure every N-th user from the I-th on, beside other processes")
     parser.add_argument("--work", type=Path, default=Path("runs/_personalization"))
     parser.add_argument("--quick", action="store_true", help="two development users, one seed, one precision")
     options = parser.parse_args()
     settings = tomllib.loads((HERE / "personalization.toml").read_text(encoding="utf-8"))
     if "CDCDA_DATA" not in os.environ:
         parser.error("CDCDA_DATA has to name the shared data")
-    data, progress = Path(os.environ["CDCDA_DATA"]), Plain()
+    if options.stage == "pools" and options.teacher is None:
+        parser.error("--teacher has to name the teacher's GGUF")
+    data = Path(os.environ["CDCDA_DATA"])
     if options.quick:
         options.development, options.users, options.seeds = True, 2, 1
-    seeds, names = settings["users"]["seeds"][: options.seeds], options.arms.split(",")
+    seeds, names, precisions = settings["users"]["seeds"][: options.seeds], options.arms.split(","), PRECISIONS
     if options.stage == "report":
         report(settings, data, seeds)
         return
-    if options.teacher is None:
-        parser.error("--teacher has to name the teacher's GGUF, also where all its answers are known: they are known by its hash")
-    if options.stage == "curve":
-        task, curve = settings["curve"]["task"], settings["curve"]
-        for (real, (found, chosen)), steps in zip(
-            curve_people(data, task, settings["users"], curve).items(), curve["max_steps"], strict=True
-        ):
-            work, results = options.work / f"curve-{real}" / task, RESULTS / CURVE / str(real) / task
-            longer = {**settings, "train": {**settings["train"], "max_steps": steps}}
-            laboratory = Laboratory(task, longer, found, chosen[: options.users or None], work, results, options.teacher, progress)
-            print(f"{real} real records\n{tables(laboratory.arms(CURVE_ARMS, seeds, PRECISIONS[:1]))[2]}")
-        return
+    if options.curve:
+        names = [*CURVE_ARMS]
+    if options.curve or options.quick:
+        precisions = PRECISIONS[:1]
+    part, parts = (int(number) for number in options.part.split("/"))
+    for laboratory in curve_laboratories(settings, data, options) if options.curve else laboratories(settings, data, options):
+        print(laboratory.work)
+        if options.stage == "pools":
+            laboratory.pools(names, options.teacher)
+        else:
+            print(tables(laboratory.arms(names, seeds, precisions, part - 1, parts))[2])
+
+
+def laboratories(settings: dict[str, Any], data: Path, options: argparse.Namespace) -> Iterator[Laboratory]:
+    """Give the laboratory of each task."""
     for task in options.task or SOURCES:
         results = (options.work / "development" if options.development else RESULTS / "personalization") / task
         found = people(data, task, settings["users"])
         chosen = (found.development if options.development else found.test)[: options.users or None]
-        laboratory = Laboratory(task, settings, found, chosen, options.work / task, results, options.teacher, progress)
-        if options.stage == "pools":
-            laboratory.pools(names)
-        else:
-            print(tables(laboratory.arms(names, seeds, PRECISIONS[:1] if options.quick else PRECISIONS))[2])
+        yield Laboratory(task, settings, found, chosen, options.work / task, results, Plain())
+
+
+def curve_laboratories(settings: dict[str, Any], data: Path, options: argparse.Namespace) -> Iterator[Laboratory]:
+    """Give the laboratory of each number of real records."""
+    curve, task = settings["curve"], settings["curve"]["task"]
+    for (real, (found, chosen)), steps in zip(curve_people(data, task, settings["users"], curve).items(), curve["max_steps"], strict=True):
+        work, results = options.work / f"curve-{real}" / task, RESULTS / CURVE / str(real) / task
+        longer = {**settings, "train": {**settings["train"], "max_steps": steps}}
+        yield Laboratory(task, longer, found, chosen[: options.users or None], work, results, Plain())
 
 
 if __name__ == "__main__":
