@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
+from cdcda_export.artifact import Artifact
 from cdcda_export.card_values import duration, percent, significant, size
 from cdcda_export.errors import ConfigError
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import write_json
-from cdcda_export.progress import choose_progress
+from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import CROWDED, PROTOCOLS, Bench, bench, fit_of, predicted
+from cdcda_mobile.phone.bench import CROWDED, PROTOCOLS, Bench, Measured, Tests, bench, fit_of, predicted
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
 from cdcda_mobile.phone.predict import Prediction, Speed
+
+if TYPE_CHECKING:
+    from cdcda_mobile.phone.on_device import OnDevice
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,9 +39,29 @@ def run(arguments: argparse.Namespace) -> int:
     phone = get_phone(arguments.phone) if arguments.phone else None
     directory = find_artifact(arguments.artifact)
     artifact = read_artifact(directory)
+    measure = _on_host if arguments.device is None else _on_device
+    lines, where, content, measured = measure(arguments, artifact, directory, phone)
+    prediction = predicted(phone, artifact, arguments.protocol) if phone else None
+    weights = sum(path.stat().st_size for path in artifact.files.values())
+    fit = fit_of(phone, GgufFile(artifact.files["model"]), weights, arguments.context) if phone and artifact.format != "onnx" else None
+    content |= {"predicted": _prediction_json(prediction), "fit": vars(fit) if fit else None}
+    out = directory.parent / "bench" / f"{directory.name}-{where}-{arguments.protocol}.json"
+    out.parent.mkdir(mode=0o700, exist_ok=True)
+    write_json(out, content)
+    if arguments.json:
+        print(json.dumps(content, indent=2))
+    else:
+        told = _predicted_lines(phone, prediction, fit.verdict if fit else None) if phone else []
+        print("\n".join([*lines, *told, str(out)]))
+    return 0 if measured else 1
+
+
+Found = tuple[list[str], str, dict[str, Any], bool]  # lines to print, where it ran, everything as JSON, whether there was memory
+
+
+def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
     progress = choose_progress(arguments.quiet or arguments.json)
-    steps = arguments.repeats + 1 + round(arguments.sustained * 6)
-    progress.start(f"measuring {directory}", steps, "tests")
+    progress.start(f"measuring {directory}", arguments.repeats + 1 + round(arguments.sustained * 6), "tests")
     found = bench(
         artifact,
         arguments.protocol,
@@ -45,55 +72,84 @@ def run(arguments: argparse.Namespace) -> int:
         lambda step: progress.advance(note=step),
     )
     progress.done()
-    out = directory.parent / "bench" / f"{directory.name}-{arguments.phone or 'host'}-{arguments.protocol}.json"
-    out.parent.mkdir(mode=0o700, exist_ok=True)
-    prediction = predicted(phone, artifact, arguments.protocol) if phone else None
-    fit = fit_of(phone, GgufFile(artifact.files["model"]), found.bytes, arguments.context) if phone and artifact.format != "onnx" else None
-    content = found.as_json() | {"predicted": _prediction_json(prediction), "fit": vars(fit) if fit else None}
-    write_json(out, content)
-    if arguments.json:
-        print(json.dumps(content, indent=2))
-    else:
-        print(
-            "\n".join(
-                [
-                    *_measured_lines(found, phone),
-                    *(_predicted_lines(phone, prediction, fit.verdict if fit else None) if phone else []),
-                    str(out),
-                ]
-            )
-        )
-    return 0 if found.measured else 1
+    return _host_lines(found, phone), arguments.phone or "host", found.as_json(), found.measured is not None
 
 
-def _measured_lines(found: Bench, phone: Phone | None) -> list[str]:
-    tests = PROTOCOLS[found.protocol]
+def _on_device(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
+    from cdcda_engine.build import build_engine
+    from cdcda_mobile.phone.device import connect
+    from cdcda_mobile.phone.on_device import bench_on_device
+
+    progress = choose_progress(arguments.quiet or arguments.json)
+    device = connect(arguments.device)
+    engine = build_engine(progress)
+    steps = 2 * arguments.repeats
+    sent = progress_of_bytes(progress, "to the phone", artifact.files["model"].stat().st_size)
+
+    def step(note: str) -> None:
+        nonlocal steps
+        if steps:
+            progress.done()
+            progress.start("measuring on the phone", steps, "tests")
+            steps = 0
+        progress.advance(note=note)
+
+    found = bench_on_device(
+        device, artifact, engine, arguments.protocol, arguments.repeats, arguments.sustained * 60, arguments.threads, sent, step
+    )
+    progress.done()
+    model = re.sub(r"[^\w-]+", "-", found.phone["model"]) or "phone"
+    return _device_lines(found), f"device-{model}", found.as_json(), True
+
+
+def _device_lines(found: OnDevice) -> list[str]:
+    told, before, after = found.phone, found.before, found.after
+    lines = [
+        f"{found.artifact.name} (gguf {found.quant}, {size(found.bytes)}) ON THE PHONE: {told['manufacturer']} {told['model']}, "
+        f"{told['soc'] or 'chip not said'}, Android {told['android']}; engine {found.variant}, cores {', '.join(map(str, found.cores))}",
+        *_speed_lines(found.measured, PROTOCOLS[found.protocol]),
+        f"  peak memory     {size(found.measured.peak_rss)}",
+    ]
+    if before.temperature is not None and after.temperature is not None:
+        lines.append(f"  battery         {before.temperature:.1f} °C before, {after.temperature:.1f} °C after; {after.battery} % left")
+    if after.throttling:
+        lines.append("  NOT TO BE USED: the phone slows itself down because it is hot; let it cool and run it again.")
+    elif after.charging and found.measured.sustained:
+        lines.append("  charging: a phone on a charger is warmer than one in a hand")
+    return lines
+
+
+def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
     like = ""
     if phone:
         memory = f"{size(found.memory)} of memory ({found.held_by})" if found.memory else "memory unlimited, its own is not known"
         like = f" within the limits of a {phone.name}: {memory}, {found.threads} of its {phone.soc.big_cores} fast cores"
-    lines = [
+    head = (
         f"{found.artifact.name} ({found.format} {found.quant}, {size(found.bytes)}) on THIS MACHINE{like or f', {found.threads} threads'}"
-    ]
+    )
     if found.measured is None:
-        return [*lines, "  out of memory: the model does not load, or its cache has no room."]
-    got = found.measured
+        return [head, "  out of memory: the model does not load, or its cache has no room."]
+    lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol])]
+    lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python's 40 MB included")
+    crowded = found.measured.crowded or 0.0
+    if crowded > CROWDED:
+        lines.append(
+            f"  NOT TO BE USED: other processes had its cores for {percent(crowded)} of the time; run it again on a quiet machine."
+        )
+    return lines
+
+
+def _speed_lines(got: Measured, tests: Tests) -> list[str]:
+    lines = [f"  load            {duration(got.load)}"] if got.load is not None else []
     lines += [
-        f"  load            {duration(got.load)}",
         f"  first token     {duration(got.first_token)} after a prompt of {tests.prompt} tokens",
         f"  prefill         {_spread(got.prefill)} (pp{tests.prompt})",
         f"  decode          {_spread(got.decode)} (tg{tests.answer}{' behind the prompt' if tests.chained else ''})",
-        f"  slow tokens     one in ten takes more than {1000 * got.token_p90:.1f} ms",
     ]
+    if got.token_p90 is not None:
+        lines.append(f"  slow tokens     one in ten takes more than {1000 * got.token_p90:.1f} ms")
     if got.sustained:
-        lines.append(
-            f"  sustained       {got.sustained[0]:.1f} tok/s at first, {got.sustained[-1]:.1f} at the end of {len(got.sustained) * 10} s"
-        )
-    lines.append(f"  peak memory     {size(got.peak_rss)}, Python's 40 MB included")
-    if got.crowded > CROWDED:
-        lines.append(
-            f"  NOT TO BE USED: other processes had its cores for {percent(got.crowded)} of the time; run it again on a quiet machine."
-        )
+        lines.append(f"  sustained       {got.sustained[0]:.1f} tok/s at first, {got.sustained[-1]:.1f} at the end")
     return lines
 
 

@@ -208,6 +208,7 @@ examples:
   cdcda bench runs/42                              the newest artifact of user 42, on all cores of this machine
   cdcda bench runs/42 --phone galaxy-s23           with that phone's cores and memory, and its speed predicted
   cdcda bench runs/42/onnx-int4 --sustained 3      three minutes of decode without a pause
+  cdcda bench runs/42 --device                     on the phone that hangs on the cable (USB debugging)
   cdcda bench --list-phones                        what is known of which phone
 """
 
@@ -218,6 +219,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, nargs="?", help="a user's run (runs/42) or an artifact's directory")
     parser.add_argument("--phone", default="", metavar="PHONE", help="a phone of --list-phones")
     parser.add_argument("--list-phones", action="store_true", help="list the phones and stop")
+    parser.add_argument("--device", nargs="?", const="", metavar="SERIAL", help="measure on a real phone over adb")
     parser.add_argument(
         "--protocol", default="llama-bench", metavar="NAME", help="llama-bench: pp512 and tg128 (default); pocketpal: pp256+tg64"
     )
@@ -280,6 +282,41 @@ def _build_server(arguments: argparse.Namespace) -> None:
     print(build_native_server(choose_progress(arguments.quiet)))
 
 
+def _build_engine(arguments: argparse.Namespace) -> None:
+    from cdcda_engine.build import build_engine
+    from cdcda_export.progress import choose_progress
+
+    print(build_engine(choose_progress(arguments.quiet)))
+
+
+_PUSH_EXAMPLES = """\
+examples:
+  cdcda push --user 42                             the newest artifact of user 42, into the app on the phone
+  cdcda push --bundle runs/42/gguf-q4_0            this one
+"""
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --user ID | --bundle DIR [options]"
+    parser.description = (
+        "Put a verified model where the app finds it, over adb (USB debugging); the app has to be installed.\n\n" + _PUSH_EXAMPLES
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--user", metavar="ID", help="whose newest artifact")
+    what.add_argument("--bundle", type=Path, metavar="DIR", help="an artifact's directory")
+    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument("--device", default="", metavar="SERIAL", help="which phone, where several are connected")
+    parser.add_argument("--application-id", default="", metavar="ID", help="of an app that was packed with another one")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+    def run(arguments: argparse.Namespace) -> None:
+        from cdcda_mobile.push_command import run
+
+        run(arguments)
+
+    parser.set_defaults(function=run)
+
+
 def main_parser() -> argparse.ArgumentParser:
     """Return the parser of ``cdcda``."""
     parser = _Parser(
@@ -296,6 +333,7 @@ def main_parser() -> argparse.ArgumentParser:
     _add_train(verbs.add_parser("train", help="train LoRA adapters", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_eval(verbs.add_parser("eval", help="measure a personal model", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_bench(verbs.add_parser("bench", help="how fast, how big, on which phone", formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_push(verbs.add_parser("push", help="put a model into the app on a phone", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)
     chat = verbs.add_parser("chat", help="talk to an artifact")
     chat.add_argument("path", type=Path, help="a user's run (runs/42) or an artifact's directory")
@@ -315,6 +353,9 @@ def main_parser() -> argparse.ArgumentParser:
     server = verbs.add_parser("build-server", help="compile llama.cpp's server, which makes a local teacher faster (once, 10 minutes)")
     server.add_argument("--quiet", action="store_true", help="no progress")
     server.set_defaults(function=_build_server)
+    engine = verbs.add_parser("build-engine", help="compile the engine of phones, which bench --device puts there (once, 20 minutes)")
+    engine.add_argument("--quiet", action="store_true", help="no progress")
+    engine.set_defaults(function=_build_engine)
     return parser
 
 

@@ -20,7 +20,7 @@ import pytest
 from cdcda_export.base import default_base
 from cdcda_export.cache import cache_folder
 from cdcda_export.converter import SDIST_VARIABLE, converter_version
-from cdcda_export.errors import CdcdaError, ConfigError, DiskFull, FileError, TeacherError
+from cdcda_export.errors import BuildError, CdcdaError, ConfigError, DiskFull, FileError, TeacherError
 from cdcda_export.progress import Silent
 from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.config import AugmentConfig, HistoryConfig, TeacherConfig
@@ -218,8 +218,8 @@ def test_two_that_want_it_at_once_build_it_once(tools: Callable[..., Path]) -> N
 @pytest.mark.parametrize(
     ("fails", "error", "says"),
     [
-        ("print('a.cpp:3:1: error: no such type'); sys.exit('ninja: error: stopped')", TeacherError, r"\(a.cpp:3:1: error: no such type\)"),
-        ("sys.exit(3)", TeacherError, r"cannot be compiled \(exit status 3\)"),
+        ("print('a.cpp:3:1: error: no such type'); sys.exit('ninja: error: stopped')", BuildError, r"\(a.cpp:3:1: error: no such type\)"),
+        ("sys.exit(3)", BuildError, r"cannot be compiled \(exit status 3\)"),
         ("sys.exit('cc1plus: fatal: No space left on device')", DiskFull, "name another folder with CDCDA_CACHE"),
     ],
 )

@@ -51,29 +51,42 @@ PROTOCOLS = {
 }
 
 
+def get_protocol(name: str, repeats: int, sustained: float, threads: int) -> Tests:
+    """Return a protocol, and look at the numbers that go with it.
+
+    Raises:
+        ConfigError: there is no such protocol, or a number makes no sense.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigError(f"There is no protocol '{name}'.{did_you_mean(name, PROTOCOLS)}")
+    if repeats < 1 or sustained < 0 or threads < 0:
+        raise ConfigError("--repeats has to be at least 1, --sustained and --threads at least 0.")
+    return PROTOCOLS[name]
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a run gave; speeds in tokens a second, times in seconds, sizes in bytes.
 
     Attributes:
-        load: time until the model could be asked.
+        load: time until the model could be asked; None where the runtime does not say (llama-bench on a phone).
         first_token: median time from a whole prompt to its first token.
         prefill: by repeat.
         decode: by repeat.
-        token_p90: time that nine of ten answered tokens stayed under.
-        sustained: decode in each ten seconds.
+        token_p90: time that nine of ten answered tokens stayed under; None as above.
+        sustained: decode in each ten seconds or so.
         peak_rss: the most memory that was resident.
-        crowded: share of the time that its threads were ready and had no core.
+        crowded: share of the time that its threads were ready and had no core; None as above.
     """
 
-    load: float
+    load: float | None
     first_token: float
     prefill: list[float]
     decode: list[float]
-    token_p90: float
+    token_p90: float | None
     sustained: list[float]
     peak_rss: int
-    crowded: float
+    crowded: float | None
 
 
 @dataclass(frozen=True)
@@ -131,11 +144,7 @@ def bench(
         VerificationFailed: something slowed the run down, so that it says nothing.
         ExportError: the runtime failed.
     """
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"There is no protocol '{protocol}'.{did_you_mean(protocol, PROTOCOLS)}")
-    if repeats < 1 or sustained < 0 or threads < 0:
-        raise ConfigError("--repeats has to be at least 1, --sustained and --threads at least 0.")
-    tests = PROTOCOLS[protocol]
+    tests = get_protocol(protocol, repeats, sustained, threads)
     wanted = threads or (phone.soc.big_cores if phone else 0) or 10**6
     cores = choose_cores(wanted)
     memory = (phone.memory_budget.value or 0) if phone else 0

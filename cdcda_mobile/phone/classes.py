@@ -16,7 +16,7 @@ T = TypeVar("T")
 UNKNOWN = "unknown"
 # Arm's efficiency cores of these generations: a thread on one of them makes all others wait at every layer.
 _LITTLE = frozenset({"Cortex-A53", "Cortex-A55", "Cortex-A510", "Cortex-A520"})
-_SLOW = 0.7  # of the fastest cluster's clock: slower cores of the same type are left alone too
+SLOW = 0.7  # of the fastest cluster's clock: slower cores of the same type are left alone too
 _FEW = 4  # cores used where all are little
 _GIB, _GB = 2**30, 10**9
 
@@ -86,7 +86,7 @@ class Soc:
         """How many cores should compute: those that do not make the others wait; where all are little, four of the fastest."""
         clusters = self.clusters.value or ()
         fastest = max((cluster.mhz for cluster in clusters), default=0)
-        big = [c for c in clusters if c.core not in _LITTLE and c.mhz >= _SLOW * fastest]
+        big = [c for c in clusters if c.core not in _LITTLE and c.mhz >= SLOW * fastest]
         return sum(c.count for c in big) or min(_FEW, self.cores)
 
 

@@ -13,10 +13,12 @@ without a traceback and exits with ``exit_code``. Anything else that escapes is 
     │   ├── UnsupportedArchitecture
     │   ├── AdapterError       the adapter is not a LoRA we can apply to this base
     │   └── QuantizationError  a tensor cannot take the type that was asked for
+    ├── BuildError             a program of llama.cpp's cannot be compiled here
     ├── VerificationFailed     the artifact exists but did not pass its gate
     ├── DataError              a user's history cannot be used
     │   └── UnknownUser
     ├── TeacherError           the server LLM did not give what was asked of it
+    ├── DeviceError            no phone on the cable, or it did not do what was asked of it
     ├── WorkspaceError         a run directory is locked, foreign or unsafe
     └── Interrupted            stopped by the user; the next run resumes
 """
@@ -75,6 +77,10 @@ class QuantizationError(ExportError):
     """A tensor cannot take the type that was asked for."""
 
 
+class BuildError(CdcdaError):
+    """A program of llama.cpp's cannot be compiled here."""
+
+
 class VerificationFailed(CdcdaError):
     """The artifact did not pass its gate."""
 
@@ -89,6 +95,10 @@ class UnknownUser(DataError):
 
 class TeacherError(CdcdaError):
     """The server LLM did not give what was asked of it."""
+
+
+class DeviceError(CdcdaError):
+    """There is no phone on the cable, or it did not do what was asked of it."""
 
 
 class WorkspaceError(CdcdaError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
 
@@ -148,3 +149,16 @@ def choose_progress(quiet: bool = False) -> Progress:
     if quiet:
         return Silent()
     return Live() if sys.stderr.isatty() else Plain()
+
+
+def progress_of_bytes(progress: Progress, label: str, total: int) -> Callable[[int], None]:
+    """Begin a step of so many bytes, shown in MB, and return what is told of bytes that are done."""
+    mega, seen = 2**20, 0
+    progress.start(label, total // mega, "MB")
+
+    def advance(count: int) -> None:
+        nonlocal seen
+        progress.advance((seen + count) // mega - seen // mega)
+        seen += count
+
+    return advance

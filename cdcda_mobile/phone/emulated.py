@@ -1,0 +1,222 @@
+"""The phone's own engine on this machine, under QEMU: does ARM's arithmetic give what this machine's gives? Its speed says nothing.
+
+KL divergence and agreement come from llama.cpp's own llama-perplexity: the build for this machine writes its probabilities, the build for
+phones reads the same tokens and compares. What a phone answers is asked of its llama-server, over a unix socket as in the app.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cdcda_engine.build import PERPLEXITY, SERVER
+from cdcda_engine.variants import VARIANTS
+from cdcda_export.errors import ConfigError, ExportError
+from cdcda_export.runtime import LlamaCpp, cpu_threads
+from cdcda_export.verify import neutral_texts
+
+_CONTEXT, _CHUNKS = 256, 2  # llama-perplexity looks at the second half of each
+POSITIONS = _CHUNKS * (_CONTEXT // 2 - 1)
+_ANSWER = 16
+_START_S, _ASK_S = 300.0, 600.0
+# A processor of QEMU's that has what the variant needs and nothing newer.
+CPUS = {"arm64-v8": "cortex-a53", "arm64-dotprod": "cortex-a76", "arm64-i8mm": "max"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the phone's probabilities are from this machine's.
+
+    Attributes:
+        kl: mean over positions, in nats.
+        same_top: share of positions with the same most likely token.
+    """
+
+    kl: float
+    same_top: float
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What the phone's engine gave.
+
+    Attributes:
+        variant: of the engine.
+        cpu: that QEMU played.
+        positions: that were compared.
+        repacked: with the kernels that rearrange the weights at load, as phones run it.
+        plain: without them.
+        equal: greedy tokens that were the same from the start, of each prompt.
+        asked: greedy tokens that this machine gave, of each prompt.
+    """
+
+    variant: str
+    cpu: str
+    positions: int
+    repacked: Agreement
+    plain: Agreement
+    equal: list[int]
+    asked: list[int]
+
+
+def qemu() -> Path:
+    """Return QEMU's user emulator for 64-bit ARM.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    for name in ("qemu-aarch64-static", "qemu-aarch64"):
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    raise ConfigError("The phone's engine runs here under QEMU, which is not installed: `apt install qemu-user-static`.")
+
+
+def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], step: Callable[[str], object]) -> Emulated:
+    """Let the phone's engine execute a model and compare it with this machine's.
+
+    Args:
+        model: a GGUF file.
+        engine: the folder of the built engine.
+        variant: which build; one for ARM.
+        prompts: rendered prompts, of which the greedy answers are compared.
+        step: told of every step; there are four.
+
+    Raises:
+        ConfigError: QEMU is not there, there is no such variant, or the engine has no build for this machine.
+        ExportError: the engine failed.
+    """
+    if variant not in CPUS:
+        raise ConfigError(f"There is no ARM variant '{variant}'; one of: {', '.join(CPUS)}.")
+    arm = [str(qemu()), "-cpu", CPUS[variant]]
+    with TemporaryDirectory(prefix="cdcda-emulated-") as place:
+        text, logits = Path(place) / "text.txt", Path(place) / "logits"
+        text.write_text("\n\n".join(neutral_texts()), encoding="utf-8")
+        common = ["-m", str(model), "-f", str(text), "-c", str(_CONTEXT), "-b", str(_CONTEXT), "--chunks", str(_CHUNKS)]
+        common += ["-t", str(cpu_threads()), "--kl-divergence-base", str(logits)]
+        _say([*_host(engine), *common])
+        step("this machine")
+        found = []
+        for options in ([], ["--no-repack"]):
+            found.append(agreement_of(_say([*arm, str(engine / variant / PERPLEXITY), *common, "--kl-divergence", *options])))
+            step("plain kernels" if options else "repacked kernels")
+        equal, asked = _greedy(model, [*arm, str(engine / variant / SERVER)], prompts, Path(place) / "socket")
+        step("greedy answers")
+    return Emulated(variant, CPUS[variant], POSITIONS, found[0], found[1], equal, asked)
+
+
+def _host(engine: Path) -> list[str]:
+    """Return how to start this machine's llama-perplexity."""
+    variant = {"x86_64": "x86_64", "aarch64": "arm64-v8"}.get(platform.machine(), "")
+    if variant not in VARIANTS:
+        raise ConfigError(f"The engine has no build for this machine ({platform.machine()}) to compare with.")
+    return [str(engine / variant / PERPLEXITY)]
+
+
+def _say(command: Sequence[str]) -> str:
+    """Run a program to its end and return everything it said."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+        raise ExportError(f"{Path(command[0]).name} ended with {done.returncode}: {said[-1][:200] if said else 'nothing was said'}")
+    return f"{done.stdout}\n{done.stderr}"
+
+
+def agreement_of(said: str) -> Agreement:
+    """Read what llama-perplexity found.
+
+    Raises:
+        ExportError: it did not say it.
+    """
+    kl, top = re.search(r"Mean\s+KLD:\s+(-?\d+\.\d+)", said), re.search(r"Same top p:\s+(\d+\.\d+)", said)
+    if not kl or not top:
+        raise ExportError("llama-perplexity compared nothing: is the model's vocabulary the same in both builds?")
+    return Agreement(float(kl[1]), float(top[1]) / 100)
+
+
+def _greedy(model: Path, server: Sequence[str], prompts: Sequence[str], socket_path: Path) -> tuple[list[int], list[int]]:
+    """Return how many greedy tokens are the same from the start, and how many this machine gave, of each prompt."""
+    with LlamaCpp(model, 1024) as runtime:
+        ids = [runtime.encode(prompt) for prompt in prompts]
+        ours = [runtime.greedy(one, _ANSWER) for one in ids]
+    equal = []
+    with served([*server, "-m", str(model), "-c", "1024", "-t", str(cpu_threads()), "--parallel", "1"], socket_path) as ask:
+        for prompt, expected in zip(ids, ours, strict=True):
+            asked = {"prompt": prompt, "n_predict": _ANSWER, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
+            theirs = ask(asked)["tokens"]
+            equal.append(
+                next((at for at, (a, b) in enumerate(zip(expected, theirs, strict=False)) if a != b), min(len(expected), len(theirs)))
+            )
+    return equal, [len(one) for one in ours]
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_ASK_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@contextmanager
+def served(command: Sequence[str], path: Path) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
+    """Start a llama-server on a unix socket and give what asks it for a completion.
+
+    Args:
+        command: without the socket.
+        path: of the socket; its name has to end with ``.sock`` for llama-server, which is added.
+
+    Raises:
+        ExportError: it does not start, or fails.
+    """
+    path = path.with_suffix(".sock")
+    process = subprocess.Popen(
+        [*command, "--host", str(path), "--no-ui", "--offline"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def request(method: str, place: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
+        connection = _UnixConnection(path)
+        try:
+            connection.request(method, place, json.dumps(body) if body is not None else None, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def ask(body: Mapping[str, Any]) -> dict[str, Any]:
+        status, content = request("POST", "/completion", body)
+        if status != http.client.OK:
+            raise ExportError(f"The phone's llama-server answered {status}: {content[:200].decode(errors='replace')}")
+        return dict(json.loads(content))
+
+    try:
+        until = time.monotonic() + _START_S
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                if request("GET", "/health")[0] == http.client.OK:
+                    break
+            if process.poll() is not None or time.monotonic() > until:
+                raise ExportError(f"The phone's llama-server does not start ({process.poll()}); is {command[-1]} a whole model?")
+            time.sleep(0.2)
+        yield ask
+    finally:
+        process.kill()
+        process.wait()

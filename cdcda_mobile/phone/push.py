@@ -1,0 +1,96 @@
+"""Put a verified bundle where the app finds it: in the app's own folder of the phone's shared storage, which needs no permission."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cdcda_export.bundle import BUNDLE, LICENCES, require_verified
+from cdcda_export.errors import ConfigError, DeviceError
+from cdcda_mobile.phone.device import Device
+
+APPLICATION_ID = "org.cdcda.app"
+_RUNS = ("gguf", "gguf-lora")  # what the app runs
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        folder: on the phone.
+        sent: names of the files that went.
+        kept: names of those that were there already.
+    """
+
+    folder: str
+    sent: list[str]
+    kept: list[str]
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """Return name on the phone -> file of a verified bundle, the largest first, ``bundle.json`` left out.
+
+    Raises:
+        FileError: there is no finished artifact, or it was changed.
+        VerificationFailed: it was not verified in full.
+        ConfigError: the app does not run this format.
+    """
+    bundle = require_verified(directory)
+    if bundle["format"] not in _RUNS:
+        raise ConfigError(f"The app runs GGUF, and {directory} is {bundle['format']}; export one with --format gguf.")
+    found = {entry["file"]: directory / entry["path"] for entry in bundle["files"].values()}
+    found[LICENCES] = directory / LICENCES
+    return dict(sorted(found.items(), key=lambda item: -item[1].stat().st_size))
+
+
+def push_bundle(device: Device, directory: Path, name: str, application: str, sent: Callable[[int], object]) -> Pushed:
+    """Put a bundle on a phone; what is there already is not sent again, and the app sees it only when it is whole.
+
+    Args:
+        device: the phone.
+        directory: of the artifact.
+        name: what its folder is called there; what is no letter, digit, ``.``, ``_`` or ``-`` becomes ``-``.
+        application: the app's id.
+        sent: told of bytes that went, or need not go.
+
+    Raises:
+        FileError, VerificationFailed, ConfigError: see ``files_of``.
+        DeviceError: the app is not there, or the phone refuses.
+        DiskFull: the phone has no room.
+    """
+    files = files_of(directory)
+    if not re.fullmatch(r"\w+(\.\w+)+", application):
+        raise ConfigError(f"'{application}' is no application id; one looks like {APPLICATION_ID}.")
+    if not device.try_run(f"pm path {application}"):
+        raise DeviceError(f"The app {application} is not on the phone: install it with `adb install`, open it once, and push again.")
+    folder = f"/sdcard/Android/data/{application}/files/models/{re.sub('[^A-Za-z0-9._-]+', '-', name)}"
+    device.run(f"mkdir -p {folder}")
+    # Taken away first and put back last: a model without it is none to the app.
+    device.run(f"rm -f {folder}/{BUNDLE}")
+    hashes = {entry["file"]: entry["sha256"] for entry in require_verified(directory)["files"].values()}
+    done = Pushed(folder, [], [])
+    for file, path in files.items():
+        target = f"{folder}/{file}"
+        if file in hashes and device.sha256(target) == hashes[file]:
+            done.kept.append(file)
+            sent(path.stat().st_size)
+            continue
+        device.push(path, target, sent)
+        done.sent.append(file)
+    with TemporaryDirectory() as place:
+        flat = Path(place) / BUNDLE
+        flat.write_text(json.dumps(_flat(json.loads((directory / BUNDLE).read_text(encoding="utf-8")))), encoding="utf-8")
+        device.push(flat, f"{folder}/{BUNDLE}", lambda count: None)
+    return done
+
+
+def _flat(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Return a bundle whose files all lie beside it, as they do on the phone."""
+    files = {role: {**entry, "path": entry["file"], "beside": True} for role, entry in bundle["files"].items()}
+    return {**bundle, "files": files}

@@ -1,0 +1,191 @@
+"""A phone over adb: found, described, measured and left as it was; the server speaks the real protocol, the phone is a sandbox folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cdcda_export.artifact import Artifact
+from cdcda_export.errors import ConfigError, DeviceError, DiskFull
+from cdcda_mobile.phone.device import Core, Device, State, big_cores, connect
+from cdcda_mobile.phone.on_device import OnDevice, bench_on_device
+from fake_adb import FakePhone, free_port, phones
+
+# Speaks as llama-bench does: progress, a row for each test, samples in ns; its second test depends on what it is asked.
+BENCH = r"""#!/bin/sh
+echo "$@" >> ../told
+p=0; n=0; r=0
+while [ $# -gt 0 ]; do
+  case "$1" in -p) p=$2; shift;; -n) n=$2; shift;; -r) r=$2; shift;; esac
+  shift
+done
+{before}
+samples=""
+i=1
+while [ $i -le $r ]; do
+  echo "llama-bench: benchmark 1/1: generation run $i/$r"
+  samples="$samples,$((i * 1000000 + (p + n) * 1000000))"
+  i=$((i + 1))
+done
+sleep 0.6
+echo "{{\"n_prompt\": $p, \"n_gen\": $n, \"samples_ns\": [${{samples#,}}]}}"
+"""
+
+
+@pytest.fixture
+def phone(tmp_path: Path) -> FakePhone:
+    return FakePhone(tmp_path / "phone")
+
+
+@pytest.fixture
+def device(phone: FakePhone, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    with phones(monkeypatch, phone):
+        yield connect()
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Callable[..., Path]:
+    def make(before: str = "") -> Path:
+        for variant in ("arm64-i8mm", "arm64-dotprod", "arm64-v8"):
+            program = tmp_path / "engine" / variant / "llama-bench"
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text(BENCH.format(before=before))
+        return tmp_path / "engine"
+
+    return make
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Artifact:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF" + bytes(100_000))
+    return Artifact("gguf", "q4_0", model, {"model": model}, [model.name], {"q4_0": 1}, None)
+
+
+def measure(
+    device: Device, artifact: Artifact, engine: Path, protocol: str = "llama-bench", sustained: float = 0.0, threads: int = 0
+) -> OnDevice:
+    return bench_on_device(device, artifact, engine, protocol, 3, sustained, threads, lambda count: None, lambda note: None)
+
+
+# Finding it.
+
+
+def test_no_phone_several_phones_and_one_that_does_not_trust_us_are_one_sentence_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with phones(monkeypatch), pytest.raises(DeviceError, match="No phone is connected: switch on USB debugging"):
+        connect()
+    one, two = FakePhone(tmp_path / "1", "A"), FakePhone(tmp_path / "2", "B")
+    with phones(monkeypatch, one, two):
+        with pytest.raises(ConfigError, match="name one with --device: A, B"):
+            connect()
+        with pytest.raises(ConfigError, match="There is no phone C on adb. Connected: A, B"):
+            connect("C")
+        assert connect("B").serial == "B"
+    one.state = "unauthorized"
+    with phones(monkeypatch, one, two):
+        assert connect().serial == "B"
+        with pytest.raises(DeviceError, match="The phone A is unauthorized: unlock it and confirm"):
+            connect("A")
+    with phones(monkeypatch, one), pytest.raises(DeviceError, match="The phone A is unauthorized"):
+        connect()
+
+
+def test_where_no_adb_server_can_be_started_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADBUTILS_ADB_PATH", "/bin/false")
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port()))
+    with pytest.raises(DeviceError, match="does not answer"):
+        connect()
+
+
+# What it is.
+
+
+def test_it_says_what_it_is_but_not_which_one(device: Device) -> None:
+    told = device.describe()
+    assert told["model"] == "One Two/3" and told["soc"] == "SM8550" and told["api"] == "34"
+    assert device.serial not in json.dumps(told)
+    assert device.features() == {"fp", "asimd", "asimdhp", "asimddp", "i8mm"}
+    assert device.state() == State(81, True, 29.7, 0)
+    assert device.cores() == [Core(0, 1_800_000, "0xd05"), Core(1, 1_800_000, "0xd05"), Core(2, 3_000_000, "0xd44")]
+
+
+def test_the_big_cores_are_those_that_make_nobody_wait() -> None:
+    little, big, prime = "0xd05", "0xd44", "0xd4e"
+    assert big_cores([Core(0, 1800, little), Core(1, 2400, big), Core(2, 3000, prime)]) == [1, 2]
+    assert big_cores([Core(0, 1800, big), Core(1, 3000, prime)]) == [1]
+    assert big_cores([Core(n, 1600 + 400 * (n > 3), little) for n in range(8)]) == [4, 5, 6, 7]
+    assert big_cores([Core(0, 0, ""), Core(1, 0, "")]) == [0, 1]
+
+
+def test_a_command_that_fails_says_the_phones_last_word(device: Device) -> None:
+    with pytest.raises(DeviceError, match="The phone refused `cat /sdcard/none`: .*No such file"):
+        device.run("cat /sdcard/none")
+    assert device.try_run("false") == "" and device.sha256("/sdcard/none") == ""
+
+
+# Measuring.
+
+
+def test_it_is_measured_on_its_big_cores_and_left_as_it_was(
+    device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
+) -> None:
+    found = measure(device, artifact, engine(), sustained=1.0)
+    told = (phone.local("/data/local/tmp") / "told").read_text().splitlines()
+    assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
+    assert found.cores == [2] and all("-t 1 -C 0x4 --cpu-strict 1 -lm none" in line for line in told)
+    assert found.variant == "arm64-i8mm" and found.phone["model"] == "One Two/3"
+    assert found.measured.prefill == pytest.approx([512 / 0.513, 512 / 0.514, 512 / 0.515])
+    assert found.measured.decode == pytest.approx([128 / 0.129, 128 / 0.130, 128 / 0.131])
+    assert "-p 0 -n 128 -r 8" in told[2] and len(found.measured.sustained) == 8
+    assert found.measured.peak_rss > 100_000 and found.before == found.after
+    assert json.dumps(found.as_json()) and device.serial not in json.dumps(found.as_json())
+
+
+def test_the_other_protocol_goes_on_behind_the_prompt(
+    device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
+) -> None:
+    phone.features = "fp asimd"
+    phone.lay_out()
+    assert measure(device, artifact, engine(), "pocketpal", threads=1).variant == "arm64-v8"
+    told = (phone.local("/data/local/tmp") / "told").read_text().splitlines()
+    assert "-p 256 -n 0 -d" not in told[0] and "-p 0 -n 64 -d 256 -r 3" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [("echo 'error: failed to load model'; exit 3", "failed on the phone .error: failed to load model"), ("exit 0", "exit status 0")],
+)
+def test_an_engine_that_fails_there_says_why_and_leaves_nothing(
+    before: str, says: str, device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
+) -> None:
+    with pytest.raises(DeviceError, match=says):
+        measure(device, artifact, engine(before))
+    assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
+
+
+def test_a_cable_that_is_pulled_is_one_sentence(device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]) -> None:
+    phone.unplug_at = "llama-bench -m"
+    with pytest.raises(DeviceError, match="unplugged during the run; plug it in and run the same command again"):
+        measure(device, artifact, engine())
+
+
+def test_a_full_phone_and_an_old_one_are_refused(device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]) -> None:
+    phone.free_kb = 1000
+    phone.lay_out()
+    with pytest.raises(DiskFull, match="no room for llama-bench"):
+        measure(device, artifact, engine())
+    phone.properties["ro.product.cpu.abi"] = "armeabi-v7a"
+    phone.lay_out()
+    with pytest.raises(ConfigError, match="built for arm64-v8a, x86_64, and this phone has armeabi-v7a; 32-bit phones are not supported"):
+        measure(device, artifact, engine())
+
+
+def test_what_the_engine_cannot_run_alone_is_refused_before_anything_is_sent(device: Device, artifact: Artifact, tmp_path: Path) -> None:
+    for kind in ("onnx", "gguf-lora"):
+        with pytest.raises(ConfigError, match="export one with --format gguf"):
+            measure(device, Artifact(kind, "int4", artifact.main, artifact.files, [], {}, None), tmp_path)
