@@ -24,6 +24,7 @@ from cdcda_mobile.history import Record, records_in
 from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
 from cdcda_mobile.user_training import train_orders
+from laboratory import hardware
 from personal_users import People, public_inputs, shared_records
 
 _KEPT, _ORIGIN = "kept.jsonl", "origin.json"
@@ -160,14 +161,31 @@ class Laboratory:
         """
         shared = self.shared() if any(ARMS[name].shared for name in names) else None
         people, origin = self.written(names)
+        # What quantization does is measured on some seeds, and everything else on all.
+        some = self.settings["users"]["quantized_seeds"]
+        trained = [name for name in names if ARMS[name].trained]
+        cells = self._measured(people[part::parts], names, seeds[:some], precisions, shared, origin)
+        return cells + self._measured(people[part::parts], trained, seeds[some:], precisions[:1], shared, origin)
+
+    def _measured(
+        self,
+        people: Sequence[Person],
+        names: Sequence[str],
+        seeds: Sequence[int],
+        precisions: Sequence[str],
+        shared: Path | None,
+        origin: str,
+    ) -> list[Cell]:
+        if not seeds:
+            return []
         exports = tuple(ExportConfig(quant=kind) for kind in precisions)
-        settings = Settings(self.train, shared, exports, answer_tokens=32, max_tokens=768, origin=origin)
-        experiment = Experiment(
-            self.base,
-            people[part::parts],
-            settings,
-            lambda user: self.work / user / "arms",
-            lambda user: self.results / user,
-            self.progress,
-        )
-        return experiment.run(names, seeds)
+        settings = Settings(self.train, shared, exports, answer_tokens=32, max_tokens=768, origin=origin, machine=_machine())
+        arms, results = (lambda user: self.work / user / "arms"), (lambda user: self.results / user)
+        return Experiment(self.base, people, settings, arms, results, self.progress).run(names, seeds)
+
+
+def _machine() -> dict[str, Any]:
+    """Return what computes: the processor asks the artifacts, the GPU trains where there is one."""
+    import torch
+
+    return {**hardware(), "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""}

@@ -71,8 +71,10 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
     return figures, data, f"{arms_markdown(rows)}\n{comparisons_markdown(compared)}", forest_svg(compared)
 
 
-def finished_cells(folder: Path, users: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """Return the cells of a task.
+def finished_cells(
+    folder: Path, users: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """Return the cells of a task, and the machines that they were measured on.
 
     Args:
         folder: of the task.
@@ -95,7 +97,8 @@ def finished_cells(folder: Path, users: Sequence[str], arms: Sequence[str], seed
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
     if len({(row["settings"], row.get("origin", "")) for row in rows}) > 1:
         raise SystemExit(f"{folder} holds measurements under several settings; remove those of the old ones.")
-    return [cell for row in rows for cell in cells_of(row["cells"])]
+    machines = {json.dumps(row.get("machine", {}), sort_keys=True) for row in rows}
+    return [cell for row in rows for cell in cells_of(row["cells"])], [json.loads(text) for text in sorted(machines)]
 
 
 def curve_svg(cells: Mapping[int, Sequence[Cell]]) -> str:
@@ -112,19 +115,21 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int]) -> None:
         SystemExit: something is missing or was measured in two ways.
     """
     cells: list[Cell] = []
+    machines: dict[str, list[Machine]] = {}
     for task in SOURCES:
         users = [person.user for person in people(data, task, settings["users"]).test]
-        cells += finished_cells(RESULTS / "personalization" / task, users, [*ARMS], seeds)
-    figures, found, markdown, plot = tables(cells)
+        found, machines[task] = finished_cells(RESULTS / "personalization" / task, users, [*ARMS], seeds)
+        cells += found
+    figures, data_of_tables, markdown, plot = tables(cells)
     print(markdown)
     write_atomic(RESULTS / "personalization.svg", plot, mode=0o644)
-    raw = {"settings": settings, "seeds": list(seeds), **found}
+    raw = {"settings": settings, "seeds": list(seeds), "measured_on": machines, **data_of_tables}
     curve = settings["curve"]
     if (RESULTS / CURVE).exists():
         measured = {}
         for real, (_, chosen) in curve_people(data, curve["task"], settings["users"], curve).items():
             folder = RESULTS / CURVE / str(real) / curve["task"]
-            measured[real] = finished_cells(folder, [person.user for person in chosen], CURVE_ARMS, seeds)
+            measured[real], _ = finished_cells(folder, [person.user for person in chosen], CURVE_ARMS, seeds)
             raw[f"curve_{real}"] = tables(measured[real])[1]
         write_atomic(RESULTS / f"{CURVE}.svg", curve_svg(measured), mode=0o644)
     write_results("personalization", figures, raw)

@@ -76,6 +76,13 @@ def test_answers_to_one_prompt_share_their_beginnings_too(model: LlamaCpp) -> No
         assert model.nll_many(probes_) == pytest.approx([alone(model, probe) for probe in probes_], abs=1e-3)
 
 
+def test_asked_for_both_at_once_it_gives_the_same(model: LlamaCpp) -> None:
+    for asked in (probes(11), probes(1), [Probe("", "", tuple(PREFIX), (90, 91, 92)), Probe("", "", tuple(PREFIX), (90,))], []):
+        nll, answers = model.nll_and_greedy_many(asked, 6)
+        assert nll == pytest.approx(model.nll_many(asked), abs=1e-3)
+        assert answers == model.greedy_many([list(probe.prompt) for probe in asked], 6)
+
+
 def test_a_text_ends_with_its_turn_and_its_stream_is_used_again(llama_base: Path) -> None:
     with LlamaCpp(llama_base, n_ctx=CONTEXT) as model:
         prompts = texts(20, [])

@@ -77,9 +77,9 @@ def test_a_report_is_made_of_everything_and_of_one_experiment(tmp_path: Path) ->
         put(user, "base", 0, 5.0)
         for seed in (0, 1):
             put(user, "cdcda", seed, 4.0 + 0.1 * number + seed)
-    cells = finished_cells(tmp_path, users, arms, [0, 1])
+    cells, machines = finished_cells(tmp_path, users, arms, [0, 1])
     figures = tables(cells)[0]
-    assert len(cells) == 9 and figures["headline_cdcda_minus_base_nll"] == pytest.approx(-0.4)
+    assert machines == [{}] and len(cells) == 9 and figures["headline_cdcda_minus_base_nll"] == pytest.approx(-0.4)
     with pytest.raises(SystemExit, match="3 of 12 measurements .* are missing"):
         finished_cells(tmp_path, users, arms, [0, 1, 2])
     with pytest.raises(SystemExit, match="not in the experiment"):

@@ -6,9 +6,9 @@ A run that was stopped goes on where it was. Files hold numbers and hashes, neve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Settings:
         answer_tokens: of a greedy answer at most.
         max_tokens: of prompt and answer together.
         origin: a hash of what else decides the synthetic records (prompts, teacher), kept with every measurement.
+        machine: where it is computed, kept as well.
     """
 
     train: TrainConfig
@@ -58,6 +59,7 @@ class Settings:
     answer_tokens: int = 48
     max_tokens: int = 1024
     origin: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def precisions(self) -> list[str]:
@@ -228,8 +230,7 @@ class Experiment:
                 precision = export.resolved_quant
                 with self._model(person, name, seed, export) as runtime:
                     probes = self._asked(arm, person)
-                    nll = runtime.nll_many(probes)
-                    ids = runtime.greedy_many([list(probe.prompt) for probe in probes], self.settings.answer_tokens)
+                    nll, ids = runtime.nll_and_greedy_many(probes, self.settings.answer_tokens)
                     answers = [runtime.decode(one).strip() for one in ids]
                 tokens = [len(probe.answer) for probe in probes]
                 cells += self._cells(person, name, seed, precision, answers, list(zip(nll, tokens, strict=True)))
@@ -242,6 +243,7 @@ class Experiment:
             "identity": self._identity(person, name, seed),
             "settings": decides,
             "origin": self.settings.origin,
+            "machine": dict(self.settings.machine),
             "training": training,
             "cells": [asdict(cell) for cell in cells],
         }

@@ -55,6 +55,12 @@ class _Streams:
         if self.prefix:
             llama_cpp.llama_memory_seq_cp(memory, 0, stream, -1, -1)
 
+    def forget(self, stream: int, position: int) -> None:
+        """Let a stream forget what stands from a position on."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), stream, position, -1)
+
     def read(self, stream: int, ids: Ids, at: int, wanted: int) -> np.ndarray:
         """Read a text on one stream from position ``at``; return the logits after its last ``wanted`` tokens, (wanted, vocabulary)."""
         first = len(ids) - wanted
@@ -140,9 +146,17 @@ class _Growing:
 
 
 def continuations(
-    llm: Any, prompts: Sequence[Ids], limits: Sequence[int], ends_turn: Callable[[int], bool], advance: Callable[[], object]
+    llm: Any,
+    prompts: Sequence[Ids],
+    limits: Sequence[int],
+    ends_turn: Callable[[int], bool],
+    advance: Callable[[], object],
+    expected: Sequence[Ids] = (),
+    predicted: Callable[[int, np.ndarray], object] = lambda index, logits: None,
 ) -> list[list[int]]:
     """Return the greedy continuation of every prompt, in order, without the end marker.
+
+    An answer that is expected is read with its prompt, for the logits that predict it, and forgotten before the model's own begins.
 
     Args:
         llm: a loaded ``llama_cpp.Llama``.
@@ -150,13 +164,16 @@ def continuations(
         limits: the most tokens of each continuation.
         ends_turn: says whether an id is an end marker.
         advance: called once for every continuation that is finished.
+        expected: an answer to each prompt as ids, none of them empty; or no answers at all.
+        predicted: told the number of a prompt and the logits that predict its expected answer, (answer tokens, vocabulary).
     """
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = deque(range(len(prompts)))
     if not waiting:
         return answers
     shared, count = common_prefix(prompts), min(_STREAMS, len(prompts))
-    cells = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    follows = [tuple(answer[:-1]) for answer in expected] or [()] * len(prompts)
+    cells = max(len(prompt) + max(limit, len(follow)) for prompt, limit, follow in zip(prompts, limits, follows, strict=True))
     growing: dict[int, _Growing] = {}
 
     def take(stream: int, text: _Growing, logits: np.ndarray) -> None:
@@ -175,9 +192,14 @@ def continuations(
             for stream in range(1, count + 1):
                 if waiting and stream not in growing:
                     index = waiting.popleft()
-                    text = growing[stream] = _Growing(index, max(0, limits[index]), len(prompts[index]))
+                    prompt, follow = prompts[index], follows[index]
+                    text = growing[stream] = _Growing(index, max(0, limits[index]), len(prompt))
                     streams.restart(stream)
-                    take(stream, text, streams.read(stream, prompts[index][shared:], shared, 1)[0])
+                    logits = streams.read(stream, (*prompt[shared:], *follow), shared, 1 + len(follow))
+                    if expected:
+                        predicted(index, logits)
+                        streams.forget(stream, len(prompt))
+                    take(stream, text, logits[0])
             # Read in the order of the streams: llama.cpp takes neighbours together.
             step = sorted(growing.items())
             if not step:

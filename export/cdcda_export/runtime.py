@@ -170,3 +170,21 @@ class LlamaCpp:
         """
         self._check_length(prompts)
         return continuations(self._llm, prompts, [self._room(p, max_tokens) for p in prompts], self._ends_turn, advance)
+
+    def nll_and_greedy_many(self, probes: Sequence[Probe], max_tokens: int) -> tuple[list[float], list[list[int]]]:
+        """Return what ``nll_many`` and ``greedy_many`` give, reading every prompt once; last bits of sums may differ.
+
+        Raises:
+            ExportError: a probe is longer than the context.
+        """
+        from cdcda_export.verify import nll_of
+
+        self._check_length([probe.ids for probe in probes])
+        nll = [0.0] * len(probes)
+
+        def predicted(index: int, logits: np.ndarray) -> None:
+            nll[index] = float(nll_of(logits, probes[index].answer).sum())
+
+        prompts, answers = [probe.prompt for probe in probes], [probe.answer for probe in probes]
+        limits = [self._room(prompt, max_tokens) for prompt in prompts]
+        return nll, continuations(self._llm, prompts, limits, self._ends_turn, lambda: None, answers, predicted)
