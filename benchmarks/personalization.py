@@ -46,6 +46,7 @@ FIGURES = {  # figure: the arms whose difference it is
 }
 PRECISIONS = ("f16", "q4_0")
 MAIN_METRICS = ("ROUGE-L", "accuracy")
+Machine = dict[str, Any]
 CURVE, CURVE_ARMS = "personalization_curve", ("personal", "cdcda")
 
 
@@ -71,9 +72,7 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
     return figures, data, f"{arms_markdown(rows)}\n{comparisons_markdown(compared)}", forest_svg(compared)
 
 
-def finished_cells(
-    folder: Path, users: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
-) -> tuple[list[Cell], list[dict[str, Any]]]:
+def finished_cells(folder: Path, users: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> tuple[list[Cell], list[Machine]]:
     """Return the cells of a task, and the machines that they were measured on.
 
     Args:
