@@ -36,6 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.artifact is None:
         raise ConfigError("Name an artifact (runs/42) to measure, or give --list-phones.")
+    if arguments.table or arguments.recommend:
+        from cdcda_mobile.tradeoff_command import show_recommendation, show_table
+
+        return show_recommendation(arguments) if arguments.recommend else show_table(arguments)
     phone = get_phone(arguments.phone) if arguments.phone else None
     directory = find_artifact(arguments.artifact)
     artifact = read_artifact(directory)

@@ -209,6 +209,8 @@ examples:
   cdcda bench runs/42 --phone galaxy-s23           with that phone's cores and memory, and its speed predicted
   cdcda bench runs/42/onnx-int4 --sustained 3      three minutes of decode without a pause
   cdcda bench runs/42 --device                     on the phone that hangs on the cable (USB debugging)
+  cdcda bench runs/42 --table                      all exports of user 42: size, speed on phones, quality
+  cdcda bench runs/42 --recommend --phone pixel-7a which of them to put on it (--min-tok-s 8: at least so fast)
   cdcda bench --list-phones                        what is known of which phone
 """
 
@@ -219,6 +221,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, nargs="?", help="a user's run (runs/42) or an artifact's directory")
     parser.add_argument("--phone", default="", metavar="PHONE", help="a phone of --list-phones")
     parser.add_argument("--list-phones", action="store_true", help="list the phones and stop")
+    parser.add_argument("--table", action="store_true", help="everything exported in a user's run or a workspace, on phones (--phone A,B)")
+    parser.add_argument("--recommend", action="store_true", help="which artifact of a user's run to put on --phone")
+    parser.add_argument(
+        "--min-tok-s", type=float, default=0.0, metavar="N", help="with --recommend: decode no slower than this (default: 0)"
+    )
     parser.add_argument("--device", nargs="?", const="", metavar="SERIAL", help="measure on a real phone over adb")
     parser.add_argument(
         "--protocol", default="llama-bench", metavar="NAME", help="llama-bench: pp512 and tg128 (default); pocketpal: pp256+tg64"

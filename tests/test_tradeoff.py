@@ -1,0 +1,103 @@
+"""Quality beside speed: the table, the front that nothing beats, and what is recommended for which phone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from cdcda_export.export import AdapterJob, export_adapter
+from cdcda_export.progress import Silent
+from cdcda_export.recipe import ExportConfig
+from cdcda_mobile.cli import main
+from cdcda_mobile.phone.bench import Fit
+from cdcda_mobile.phone.predict import Speed
+from cdcda_mobile.phone.tradeoff import Quality, Row, _with_front, front_svg, recommend
+
+Capture = pytest.CaptureFixture[str]
+
+
+def row(quant: str, speed: float | None, kl: float | None, kept: float | None = None, verdict: str = "fits", kind: str = "gguf") -> Row:
+    decode = Speed(speed, 0.9 * speed, 1.1 * speed) if speed else None
+    fit = Fit(verdict, 10, 100)
+    return Row(kind, quant, 1, 10.0, Quality(kl, kept, {}), "galaxy-s23", decode, decode, 0.1, fit, None)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    found = _with_front([row("q4_0", 60, 0.02), row("q4_1", 55, 0.03), row("q8_0", 40, 0.001), row("f16", 20, 0.001), row("x", None, 0.0)])
+    assert [one.quant for one in found if one.front] == ["q4_0", "q8_0"]
+    same = _with_front([row("a", 40, 0.01), row("b", 40, 0.01)])
+    assert all(one.front for one in same)
+
+
+def test_the_fastest_that_keeps_the_person_is_recommended() -> None:
+    found = [
+        row("q4_0", 60, 0.02, 0.7),
+        row("q5_0", 50, 0.01, 0.95),
+        row("q8_0", 40, 0.001, 1.0),
+        row("int4", None, 0.01, 1.0, kind="onnx"),
+    ]
+    chosen = recommend(found, 0.0)
+    assert chosen.row == found[1] and "at least 90% of the personal gain" in chosen.why
+    assert chosen.refused == {"gguf-q4_0": "keeps 70% of the personal gain", "onnx-int4": "its speed was not calibrated"}
+    slow = recommend(found, 50.0)
+    assert slow.row == found[0] and "Closest" in slow.why and slow.refused["gguf-q8_0"] == "may decode at 36.0 tok/s only"
+    assert recommend(found, 100.0).row is None
+
+
+def test_what_does_not_fit_or_was_not_measured_is_no_choice_where_there_is_another() -> None:
+    found = [row("q8_0", 40, 0.001, 1.0, verdict="does not fit"), row("q4_0", 60, 0.02), row("q4_1", 50, 0.01)]
+    chosen = recommend(found, 0.0)
+    assert chosen.row == found[2] and "does not fit into the memory" in chosen.refused["gguf-q8_0"]
+    chosen = recommend([*found, row("q5_0", 45, 0.015, 0.99)], 0.0)
+    assert chosen.row is not None and chosen.row.quant == "q5_0" and "was not measured" in chosen.refused["gguf-q4_0"]
+
+
+def test_the_plot_shows_every_row_that_has_both_numbers() -> None:
+    found = _with_front([row("q4_0", 60, 0.02), row("q8_0", 40, 0.001), row("int4", None, 0.01), row("f16", 20, None)])
+    root = ElementTree.fromstring(front_svg([*found, replace(found[0], phone="<other>")]))
+    assert len(root.findall(".//{*}circle")) == 3
+    assert front_svg([row("int4", None, 0.1)]) == ""
+
+
+@pytest.fixture(scope="module")
+def runs(llama_base: Path, llama_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which one user has two artifacts."""
+    root = tmp_path_factory.mktemp("runs")
+    for quant in ("q8_0", "f16"):
+        export_adapter(AdapterJob(llama_adapter, llama_base, workspace=root, config=ExportConfig(quant=quant)), Silent())
+    return root
+
+
+def test_the_table_of_a_user_and_of_a_workspace(runs: Path, capsys: Capture) -> None:
+    user = next((runs / "_adapters").iterdir())
+    measured = {"measured": {"decode": [30.0, 10.0, 20.0]}}
+    (user / "bench").mkdir(exist_ok=True)
+    (user / "bench" / "gguf-q8_0-galaxy-s23-llama-bench.json").write_text(json.dumps(measured))
+    (user / "bench" / "gguf-f16-galaxy-s23-llama-bench.json").write_text("{")
+    assert main(["bench", str(user), "--table", "--phone", "galaxy-s23,galaxy-a16"]) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if " gguf-" in line]) == 4 and " 20.0 " in out and "fits" in out
+    rows = json.loads((user / "bench" / "tradeoff.json").read_text())["rows"]
+    assert {(one["phone"], one["artifact"]) for one in rows} == {
+        (p, f"gguf-{q}") for p in ("galaxy-s23", "galaxy-a16") for q in ("q8_0", "f16")
+    }
+    assert all(one["quality"]["kl"] is not None and one["decode"]["low"] < one["decode"]["high"] for one in rows if one["decode"])
+    assert ElementTree.parse(user / "bench" / "tradeoff.svg").getroot() is not None
+    assert main(["bench", str(runs / "_adapters"), "--table", "--phone", "galaxy-s23", "--json"]) == 0
+    assert [one["users"] for one in json.loads(capsys.readouterr().out)] == [1, 1]
+
+
+def test_a_recommendation_names_the_folder_and_says_why_not_the_others(runs: Path, capsys: Capture) -> None:
+    user = next((runs / "_adapters").iterdir())
+    assert main(["bench", str(user), "--recommend", "--phone", "galaxy-s23"]) == 0
+    assert f"For a Samsung Galaxy S23: {user}/gguf-" in capsys.readouterr().out
+    assert main(["bench", str(user), "--recommend", "--phone", "galaxy-s23", "--min-tok-s", "1e9", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["recommended"] is None
+    assert main(["bench", str(user), "--recommend"]) == 2
+    assert "name it with --phone" in capsys.readouterr().err
+    assert main(["bench", str(runs / "nobody"), "--table"]) == 1
+    assert "holds no finished artifact; make some with" in capsys.readouterr().err
