@@ -6,7 +6,7 @@ SETUP := scripts/setup.sh
 # The user whose model `make demo` builds, and any further flags of cdcda-export.
 USER_ID ?= 42
 DEMO_ARGS ?=
-# What `make install` installs: train, onnx, hf, data, fleet, privacy, dev or all, comma-separated.
+# What `make install` installs: train, onnx, hf, data, fleet, privacy, phone, dev or all, comma-separated.
 EXTRAS ?= train
 # Further words for pytest, for example TEST_ARGS='-k gguf -x'.
 TEST_ARGS ?=

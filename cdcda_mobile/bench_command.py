@@ -43,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     phone = get_phone(arguments.phone) if arguments.phone else None
     directory = find_artifact(arguments.artifact)
     artifact = read_artifact(directory)
+    if arguments.arm:
+        from cdcda_mobile.emulated_command import show_emulated
+
+        return show_emulated(arguments, artifact, directory)
     measure = _on_host if arguments.device is None else _on_device
     lines, where, content, measured = measure(arguments, artifact, directory, phone)
     prediction = predicted(phone, artifact, arguments.protocol) if phone else None

@@ -208,6 +208,7 @@ examples:
   cdcda bench runs/42                              the newest artifact of user 42, on all cores of this machine
   cdcda bench runs/42 --phone galaxy-s23           with that phone's cores and memory, and its speed predicted
   cdcda bench runs/42/onnx-int4 --sustained 3      three minutes of decode without a pause
+  cdcda bench runs/42 --arm                        in the phones' own engine under QEMU: is ARM's arithmetic the same?
   cdcda bench runs/42 --device                     on the phone that hangs on the cable (USB debugging)
   cdcda bench runs/42 --table                      all exports of user 42: size, speed on phones, quality
   cdcda bench runs/42 --recommend --phone pixel-7a which of them to put on it (--min-tok-s 8: at least so fast)
@@ -225,6 +226,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recommend", action="store_true", help="which artifact of a user's run to put on --phone")
     parser.add_argument(
         "--min-tok-s", type=float, default=0.0, metavar="N", help="with --recommend: decode no slower than this (default: 0)"
+    )
+    parser.add_argument(
+        "--arm", nargs="?", const="arm64-i8mm", metavar="VARIANT", help="execute it in the phones' engine under QEMU and compare"
     )
     parser.add_argument("--device", nargs="?", const="", metavar="SERIAL", help="measure on a real phone over adb")
     parser.add_argument(

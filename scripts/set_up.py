@@ -28,7 +28,7 @@ from llama_wheel import PACKAGE, WheelJob, cache_folder, clock, cmake_args, find
 from setup_errors import SetupError, failure_text
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "onnx", "hf", "data", "fleet", "privacy", "dev", "all")
+EXTRAS = ("train", "onnx", "hf", "data", "fleet", "privacy", "phone", "dev", "all")
 PLAIN_EVERY = 20.0  # seconds between progress lines where there is no terminal
 
 
@@ -304,22 +304,25 @@ def set_up(venv: Venv, extras: Sequence[str], for_tests: bool, screen: Screen) -
     screen.say(f"Set up in {clock(time.monotonic() - began)}")
 
 
-def build_server(venv: Venv) -> None:
-    """Let the venv compile llama.cpp's own server, which the tests start, where the user's cache folder has none yet.
+def build_programs(venv: Venv) -> None:
+    """Let the venv compile llama.cpp's own server and the engine of phones, which the tests start, where the user's cache has none yet.
 
     Raises:
         SetupError: when that fails; the command has said why.
     """
-    command = [str(venv.folder / "bin" / "cdcda"), "build-server"]
-    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=venv.root, check=False).returncode:
-        raise SetupError("The tests need llama.cpp's own server; what stops `cdcda build-server` stands above.")
+    for verb in ("build-server", "build-engine"):
+        command = [str(venv.folder / "bin" / "cdcda"), verb]
+        if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=venv.root, check=False).returncode:
+            raise SetupError(f"The tests need what `cdcda {verb}` makes; what stops it stands above.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments and set up; errors are one sentence on stderr and exit status 1."""
     parser = argparse.ArgumentParser(description="Create or update .venv for this project.")
     parser.add_argument("--extras", default="train", help=f"comma-separated, of {', '.join(EXTRAS)} (default: %(default)s)")
-    parser.add_argument("--tests", action="store_true", help="also see to the system packages and the llama-server that the tests need")
+    parser.add_argument(
+        "--tests", action="store_true", help="also see to the system packages and the programs of llama.cpp that the tests need"
+    )
     args = parser.parse_args(argv)
     extras = [extra for extra in args.extras.split(",") if extra]
     unknown = sorted(set(extras) - set(EXTRAS))
@@ -332,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with only_one(ROOT, screen):
             set_up(Venv(ROOT), extras, args.tests, screen)
             if args.tests:
-                build_server(Venv(ROOT))
+                build_programs(Venv(ROOT))
     except SetupError as error:
         screen.clear()
         print(error, file=sys.stderr)

@@ -43,6 +43,8 @@ def missing_packages(env: Mapping[str, str], for_tests: bool) -> list[str]:
         missing.append("g++")
     if for_tests and not has_postgresql(env):
         missing.append("postgresql")
+    if for_tests and not shutil.which("qemu-aarch64-static", path=env.get("PATH")):
+        missing.append("qemu-user-static")
     return missing
 
 

@@ -375,16 +375,16 @@ def test_a_module_that_skips_itself_fails_in_ci(tmp_path: Path) -> None:
     assert "1 error" in done.stdout and done.returncode != 0
 
 
-def test_the_tests_need_a_llama_server_and_say_so(tmp_path: Path) -> None:
+def test_the_tests_need_programs_of_llama_cpp_and_say_so(tmp_path: Path) -> None:
     venv = make_checkout(tmp_path)
     command = venv.folder / "bin" / "cdcda"
     command.write_text(f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'told')!r}, 'a').write(sys.argv[1])\n")
     command.chmod(0o755)
-    set_up.build_server(venv)
-    assert (tmp_path / "told").read_text() == "build-server"
+    set_up.build_programs(venv)
+    assert (tmp_path / "told").read_text() == "build-serverbuild-engine"
     command.write_text(f"#!{sys.executable}\nraise SystemExit(1)\n")
-    with pytest.raises(setup_errors.SetupError, match="need llama.cpp's own server"):
-        set_up.build_server(venv)
+    with pytest.raises(setup_errors.SetupError, match="need what `cdcda build-server` makes"):
+        set_up.build_programs(venv)
 
 
 def test_sigterm_to_a_set_up_cleans_up(tmp_path: Path) -> None:
