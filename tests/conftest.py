@@ -52,6 +52,17 @@ def real_base() -> Path:
 
 
 @pytest.fixture(scope="session")
+def phone_engine() -> Path:
+    """The engine of phones in the user's cache folder, where ``make test`` has it built."""
+    from cdcda_engine.build import engine
+
+    found = engine()
+    if found is None:
+        pytest.skip("the engine of phones is not there; run `cdcda build-engine`")
+    return found
+
+
+@pytest.fixture(scope="session")
 def user_llama_server() -> Path | None:
     """llama.cpp's own server in the user's cache folder, where ``make test`` has it built."""
     from cdcda_mobile.teachers.native_server import native_server
