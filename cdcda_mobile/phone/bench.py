@@ -213,6 +213,17 @@ class Fit:
     budget: int | None
 
 
+def memory_needed(file: GgufFile, size: int, context: int) -> int:
+    """Return the bytes that a GGUF takes when it runs: weights, cache, and the numbers of a batch on their way (benchmarks/latency.py).
+
+    Args:
+        file: the model.
+        size: of everything that is loaded.
+        context: tokens.
+    """
+    return size + context * kv_bytes_per_token(file)
+
+
 def fit_of(phone: Phone, file: GgufFile, size: int, context: int) -> Fit:
     """Say whether a GGUF goes into a phone's memory.
 
@@ -222,7 +233,7 @@ def fit_of(phone: Phone, file: GgufFile, size: int, context: int) -> Fit:
         size: of everything that is loaded, in bytes.
         context: tokens.
     """
-    needed = size + context * kv_bytes_per_token(file)
+    needed = memory_needed(file, size, context)
     budget = phone.memory_budget.value
     if budget is None:
         return Fit("unknown", needed, None)
