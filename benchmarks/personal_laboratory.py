@@ -21,6 +21,7 @@ from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
 from cdcda_mobile.evaluation.experiment import Experiment, Settings
 from cdcda_mobile.evaluation.report import Cell, hash_of
 from cdcda_mobile.history import Record, records_in
+from cdcda_mobile.shared import say_whose
 from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
 from cdcda_mobile.user_training import train_orders
@@ -133,10 +134,11 @@ class Laboratory:
     def shared(self) -> Path:
         """Return the adapter of other users, trained once."""
         records: list[Record] = shared_records(self.found, self.settings["users"])
-        folder = self.work / f"shared-{sha256_json([hash_of(records), asdict(self.train)])[:12]}"
+        folder = self.work / f"shared-{sha256_json([hash_of(records), asdict(self.train)])[:12]}" / "adapter"
         if (folder / "whole.json").exists():
             return folder
-        folder.mkdir(exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, parents=True, mode=0o700)
+        say_whose(folder, sorted({record.id.partition("-")[0] for record in records}), records)
         probes = self.encoding.probes(records, self.train.max_tokens)
         held = len(probes) // 10
         order = Order("shared", [Example(probe) for probe in probes[held:]], probes[:held], folder)

@@ -71,7 +71,7 @@ def train_shared(jobs: Sequence[UserJob], progress: Progress) -> tuple[Path, Man
             return stage.directory, finished
         order = _order(pool, stage.begin(), first, base)
         # Before the first step: what is trained on is named even if the training never ends.
-        write_json(folder / _ORIGIN, {"users": users, "texts": sorted(sha256_json(text_of(record)) for record in pool.train)})
+        say_whose(stage.directory, users, pool.train)
         (outcome,) = train_orders(base, [order], first.train, progress)
         if isinstance(outcome, CdcdaError):
             raise outcome
@@ -119,6 +119,11 @@ def _order(pool: _Pool, partial: Path, job: UserJob, base: Base) -> Order:
     check_token_ids(base.file, encoding, probes)
     held_out = encoding.probes(pool.validation, job.train.max_tokens)
     return Order("of the shared adapter", [Example(probe) for probe in probes], held_out, partial, job.seed)
+
+
+def say_whose(directory: Path, users: Sequence[str], train: Sequence[Record]) -> None:
+    """Write beside a shared adapter's directory whose it is, and the hashes of the texts that it is trained on."""
+    write_json(directory.parent / _ORIGIN, {"users": list(users), "texts": sorted(sha256_json(text_of(record)) for record in train)})
 
 
 def is_shared(directory: Path) -> bool:

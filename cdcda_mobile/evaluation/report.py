@@ -156,7 +156,7 @@ def compare_arms(cells: Sequence[Cell], pairs: Sequence[tuple[Arm, Arm]], metric
 
     Args:
         cells: of the experiment.
-        pairs: (A, B), read as A minus B; a task or a metric that neither has is passed over.
+        pairs: (A, B), read as A minus B; a task or a metric that one of them lacks for everybody (a rule has no likelihood) is passed over.
         metrics: what is compared.
         seed: of bootstrap and sign patterns.
 
@@ -169,7 +169,7 @@ def compare_arms(cells: Sequence[Cell], pairs: Sequence[tuple[Arm, Arm]], metric
         for metric in metrics:
             for a, b in pairs:
                 one, other = _values(cells, task, a, metric), _values(cells, task, b, metric)
-                if one or other:
+                if one and other:
                     found.append(Comparison(task, a, b, metric, compare(one, other, seed)))
     corrected = holm([comparison.difference.p for comparison in found])
     return [replace(c, difference=replace(c.difference, p_holm=p)) for c, p in zip(found, corrected, strict=True)]
