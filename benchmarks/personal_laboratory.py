@@ -55,8 +55,9 @@ class Laboratory:
         own = settings["tasks"][task]
         self.train = TrainConfig(**settings["train"] | own.get("train", {}))
         self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        inputs = self.work / "inputs.jsonl"
-        write_atomic(inputs, "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task)))
+        inputs, text = self.work / "inputs.jsonl", "".join(json.dumps(row) + "\n" for row in public_inputs(self.found, task))
+        if not inputs.exists() or inputs.read_text(encoding="utf-8") != text:  # several processes may share the folder
+            write_atomic(inputs, text)
         self.augment = AugmentConfig(**settings["augment"] | own.get("augment", {}), inputs=str(inputs))
 
     # Synthetic records.
