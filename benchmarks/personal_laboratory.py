@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cdcda_export.base import Base
@@ -17,11 +18,13 @@ from cdcda_mobile.augmentation.augment import augment
 from cdcda_mobile.augmentation.select import RULES
 from cdcda_mobile.config import AugmentConfig, TeacherConfig, TrainConfig
 from cdcda_mobile.dataset import encoding_of
-from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
+from cdcda_mobile.evaluation.arms import ARMS, Person, rule_answers, with_others
 from cdcda_mobile.evaluation.experiment import Experiment, Settings
+from cdcda_mobile.evaluation.metrics import score
 from cdcda_mobile.evaluation.report import Cell, hash_of
 from cdcda_mobile.history import Record, records_in
 from cdcda_mobile.shared import say_whose
+from cdcda_mobile.tasks import get_task
 from cdcda_mobile.training.lora import save_adapter
 from cdcda_mobile.training.schedule import Example, Order
 from cdcda_mobile.user_training import train_orders
@@ -47,7 +50,7 @@ class Laboratory:
     def __init__(
         self, task: str, settings: dict[str, Any], found: People, measured: Sequence[Person], work: Path, results: Path, progress: Progress
     ) -> None:
-        self.settings, self.progress = settings, progress
+        self.task, self.settings, self.progress = task, settings, progress
         self.found, self.people = found, measured
         self.base = Base(None, progress)
         self.encoding = encoding_of(self.base.file)
@@ -129,6 +132,24 @@ class Laboratory:
         if len(teachers) > 1:
             raise SystemExit(f"{self.work} holds synthetic records of several teachers; run `personalization.py pools` with one of them.")
         return (with_others(people) if "other" in kinds else people), sha256_json([self._asked(), *teachers])
+
+    def agreement(self) -> dict[str, float]:
+        """Return how the teacher's answers to others' inputs agree with what those people wrote: the task's metric, a mean over users.
+
+        ``teacher`` is of the kept synthetic records, ``usual`` of each user's own most frequent label or opening to the same inputs: what
+        knowing nothing of the input gives.
+        """
+        people, _ = self.written(["cdcda"])
+        golds = {record.input: record.output for rows in self.found.others.values() for record in rows}
+        found: dict[str, list[float]] = {"teacher": [], "usual": []}
+        for person in people:
+            made = [replace(record, output=golds[record.input]) for record in person.synthetic["selected"] if record.input in golds]
+            said = [record.output for record in person.synthetic["selected"] if record.input in golds]
+            usual = rule_answers((*person.train, *person.validation), made)
+            for name, answers in (("teacher", said), ("usual", usual)):
+                if made:
+                    found[name].append(score(get_task(self.task), answers, [record.output for record in made]).value)
+        return {name: fmean(values) for name, values in found.items()}
 
     # Arms.
 

@@ -24,7 +24,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.manifest import write_atomic
+from cdcda_export.manifest import write_atomic, write_json
 from cdcda_export.progress import Plain
 from cdcda_mobile.evaluation.arms import ARMS
 from cdcda_mobile.evaluation.forest import forest_svg
@@ -47,6 +47,7 @@ FIGURES = {  # figure: the arms whose difference it is
 PRECISIONS = ("f16", "q4_0")
 MAIN_METRICS = ("ROUGE-L", "accuracy")
 Machine = dict[str, Any]
+TEACHER = "personalization_teacher"  # how its answers agree with what the inputs' own authors wrote
 CURVE, CURVE_ARMS = "personalization_curve", ("personal", "cdcda")
 
 
@@ -120,6 +121,9 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int]) -> None:
         found, machines[task] = finished_cells(RESULTS / "personalization" / task, users, [*ARMS], seeds)
         cells += found
     figures, data_of_tables, markdown, plot = tables(cells)
+    for path in sorted((RESULTS / TEACHER).glob("*.json")):
+        agreed = json.loads(path.read_text(encoding="utf-8"))
+        figures |= {f"{path.stem}_{name}_agreement": value for name, value in agreed.items()}
     print(markdown)
     write_atomic(RESULTS / "personalization.svg", plot, mode=0o644)
     raw = {"settings": settings, "seeds": list(seeds), "measured_on": machines, **data_of_tables}
@@ -170,6 +174,9 @@ def main() -> None:
         print(laboratory.work)
         if options.stage == "pools":
             laboratory.pools(names, options.teacher)
+            if not (options.curve or options.development or options.users):
+                (RESULTS / TEACHER).mkdir(exist_ok=True)
+                write_json(RESULTS / TEACHER / f"{laboratory.task}.json", laboratory.agreement())
         else:
             print(tables(laboratory.arms(names, seeds, precisions, part - 1, parts))[2])
 

@@ -52,14 +52,19 @@ def real_base() -> Path:
 
 
 @pytest.fixture(scope="session")
-def phone_engine() -> Path:
+def user_engine() -> Path | None:
     """The engine of phones in the user's cache folder, where ``make test`` has it built."""
     from cdcda_engine.build import engine
 
-    found = engine()
-    if found is None:
+    return engine()
+
+
+@pytest.fixture
+def phone_engine(user_engine: Path | None) -> Path:
+    """The engine of phones."""
+    if user_engine is None:
         pytest.skip("the engine of phones is not there; run `cdcda build-engine`")
-    return found
+    return user_engine
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +84,7 @@ def llama_server(user_llama_server: Path | None) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(user_llama_server: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache(user_llama_server: Path | None, user_engine: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what tests derive from tiny bases out of the user's cache folder, and local teachers where answers are bitwise the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDCDA_CACHE", str(tmp_path_factory.mktemp("cache")))

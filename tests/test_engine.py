@@ -21,6 +21,7 @@ from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.chat import read_artifact
 from cdcda_mobile.cli import main
+from cdcda_mobile.phone import emulated
 from cdcda_mobile.phone.device import connect
 from cdcda_mobile.phone.emulated import CPUS, agreement_of, emulate, qemu, served
 from cdcda_mobile.phone.on_device import bench_on_device
@@ -146,12 +147,14 @@ def test_the_tiny_model_gives_on_arm_what_it_gives_here(
 
 
 @pytest.mark.model
-def test_the_real_model_gives_on_arm_what_it_gives_here(phone_engine: Path, real_base: Path) -> None:
-    found = emulate(
-        real_base, phone_engine, "arm64-i8mm", ["The sky is", "In the year 1900", "Dear friends,", "A recipe for bread:"], lambda note: None
-    )
+def test_the_real_model_gives_on_arm_what_it_gives_here(phone_engine: Path, real_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of what ``cdcda bench --arm`` asks: under QEMU it takes its time."""
+    monkeypatch.setattr(emulated, "_CHUNKS", 1)
+    monkeypatch.setattr(emulated, "_ANSWER", 8)
+    prompts = ["The sky is", "In the year 1900", "Dear friends,", "A recipe for bread:"]
+    found = emulate(real_base, phone_engine, "arm64-i8mm", prompts, lambda note: None)
     assert max(found.repacked.kl, found.plain.kl) < 0.01
-    assert sum(equal >= min(8, asked) for equal, asked in zip(found.equal, found.asked, strict=True)) >= 3
+    assert sum(equal == asked for equal, asked in zip(found.equal, found.asked, strict=True)) >= 3
 
 
 def test_the_phone_on_the_cable_runs_the_real_engine(

@@ -27,7 +27,7 @@ from cdcda_export.errors import ConfigError, ExportError
 from cdcda_export.runtime import LlamaCpp, cpu_threads
 from cdcda_export.verify import neutral_texts
 
-_CONTEXT, _CHUNKS = 256, 2  # llama-perplexity looks at the second half of each
+_CONTEXT, _CHUNKS = 128, 4  # llama-perplexity looks at the second half of each chunk
 POSITIONS = _CHUNKS * (_CONTEXT // 2 - 1)
 _ANSWER = 16
 _START_S, _ASK_S = 300.0, 600.0
@@ -103,10 +103,16 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
     arm = [str(qemu()), "-cpu", CPUS[variant]]
     with TemporaryDirectory(prefix="cdcda-emulated-") as place:
         text, logits = Path(place) / "text.txt", Path(place) / "logits"
-        text.write_text("\n\n".join(neutral_texts()), encoding="utf-8")
+        paragraphs = neutral_texts()
+        # There and back: some 360 tokens are too few, and in another order a paragraph has another context.
+        text.write_text("\n\n".join([*paragraphs, *paragraphs[::-1]]), encoding="utf-8")
         common = ["-m", str(model), "-f", str(text), "-c", str(_CONTEXT), "-b", str(_CONTEXT), "--chunks", str(_CHUNKS)]
         common += ["-t", str(cpu_threads()), "--kl-divergence-base", str(logits)]
-        _say([*_host(engine), *common])
+        said = _say([*_host(engine), *common])
+        if not logits.exists() or "Final estimate" not in said:
+            raise ExportError(
+                f"llama-perplexity read too little of {model}: its tokenizer makes {_CONTEXT * _CHUNKS} tokens of no such text."
+            )
         step("this machine")
         found = []
         for options in ([], ["--no-repack"]):
@@ -142,7 +148,8 @@ def agreement_of(said: str) -> Agreement:
     """
     kl, top = re.search(r"Mean\s+KLD:\s+(-?\d+\.\d+)", said), re.search(r"Same top p:\s+(\d+\.\d+)", said)
     if not kl or not top:
-        raise ExportError("llama-perplexity compared nothing: is the model's vocabulary the same in both builds?")
+        complaint = next((line for line in said.splitlines() if " E " in line), "no reason given")
+        raise ExportError(f"llama-perplexity compared nothing ({complaint.strip()}).")
     return Agreement(float(kl[1]), float(top[1]) / 100)
 
 
