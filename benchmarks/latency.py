@@ -23,6 +23,7 @@ from typing import Any
 
 from cdcda_export.artifact import Artifact, types_of
 from cdcda_export.base import Base
+from cdcda_export.bundle import memory_needed
 from cdcda_export.cache import cache_folder, cached
 from cdcda_export.compiling import CMAKE, Build
 from cdcda_export.converter import converter_version
@@ -31,13 +32,14 @@ from cdcda_export.merge import merge_to_gguf
 from cdcda_export.progress import Plain
 from cdcda_export.quantization import get_quant
 from cdcda_export.recipe import ExportConfig
-from cdcda_mobile.phone.bench import PROTOCOLS, bench, memory_needed
+from cdcda_mobile.phone.bench import PROTOCOLS, bench
 from cdcda_mobile.phone.constrain import choose_cores
 from laboratory import hardware, print_table, write_results
 
 PROGRAM, PROTOCOL = "llama-bench", "llama-bench"
 OPTIONS = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON")
 DRAWS = 10_000
+REPEATS = 3  # of each side of a pair
 QUANTS = ("q4_0", "q8_0", "f16")
 
 
@@ -57,9 +59,9 @@ def peer() -> Path:
 
 
 def theirs(program: Path, model: Path, cores: Sequence[int]) -> dict[str, float]:
-    """Return llama-bench's prefill and decode in tokens a second: one repeat."""
+    """Return llama-bench's prefill and decode in tokens a second: medians."""
     tests = PROTOCOLS[PROTOCOL]
-    command = [str(program), "-m", str(model), "-p", str(tests.prompt), "-n", str(tests.answer), "-r", "1", "-t", str(len(cores))]
+    command = [str(program), "-m", str(model), "-p", str(tests.prompt), "-n", str(tests.answer), "-r", str(REPEATS), "-t", str(len(cores))]
     command += ["-lm", "none", "-o", "json"]
     # As the command does for itself: threads that wait give the core away instead of spinning for ever.
     environment = {**os.environ, "GOMP_SPINCOUNT": "30000"}
@@ -67,14 +69,14 @@ def theirs(program: Path, model: Path, cores: Sequence[int]) -> dict[str, float]
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, preexec_fn=lambda: os.sched_setaffinity(0, cores)
     ) as process:
         rows = json.loads(process.communicate()[0])
-    return {"prefill" if row["n_prompt"] else "decode": float(row["avg_ts"]) for row in rows}
+    return {"prefill" if row["n_prompt"] else "decode": statistics.median(row["samples_ts"]) for row in rows}
 
 
 def ours(artifact: Artifact, threads: int) -> dict[str, float]:
     """Return the same of ``cdcda bench``."""
-    found = bench(artifact, PROTOCOL, 1, 0.0, None, threads, lambda step: None).measured
+    found = bench(artifact, PROTOCOL, REPEATS, 0.0, None, threads, lambda step: None).measured
     assert found is not None
-    return {"prefill": found.prefill[0], "decode": found.decode[0]}
+    return {"prefill": statistics.median(found.prefill), "decode": statistics.median(found.decode)}
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -117,7 +119,7 @@ def main() -> None:
     """Measure in pairs, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three pairs")
-    pairs = 3 if parser.parse_args().quick else 24
+    pairs = 3 if parser.parse_args().quick else 32
     program, cores = peer(), choose_cores(10**6)
     with TemporaryDirectory(prefix="cdcda-latency-") as folder:
         made = artifacts(Path(folder))

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from cdcda_export.artifact import Artifact
-from cdcda_export.bundle import kv_bytes_per_token
+from cdcda_export.bundle import memory_needed
 from cdcda_export.errors import ConfigError, ExportError, VerificationFailed, did_you_mean
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import versions
@@ -211,17 +211,6 @@ class Fit:
     verdict: str
     needed: int
     budget: int | None
-
-
-def memory_needed(file: GgufFile, size: int, context: int) -> int:
-    """Return the bytes that a GGUF takes when it runs: weights, cache, and the numbers of a batch on their way (benchmarks/latency.py).
-
-    Args:
-        file: the model.
-        size: of everything that is loaded.
-        context: tokens.
-    """
-    return size + context * kv_bytes_per_token(file)
 
 
 def fit_of(phone: Phone, file: GgufFile, size: int, context: int) -> Fit:

@@ -28,6 +28,25 @@ def kv_bytes_per_token(base: GgufFile) -> int:
     return 2 * 2 * int(base.hparam("block_count")) * int(base.hparam("attention.head_count_kv", heads)) * head_dim
 
 
+# Fitted to the peaks of SmolLM2-135M and Qwen2.5-0.5B in llama.cpp; benchmarks/latency.py holds it against measured ones.
+_UBATCH, _CACHE_STEP, _RUNTIME_BYTES, _TOKEN_BYTES = 512, 256, 15_000_000, 152
+_FEED_FORWARD_ROWS, _HIDDEN_ROWS = 2.75, 5
+
+
+def memory_needed(base: GgufFile, weights: int, context: int) -> int:
+    """Return the bytes that a GGUF takes at its peak in llama.cpp: weights, cache, a batch of activations, and the vocabulary.
+
+    Args:
+        base: the model, or one with the same shape.
+        weights: bytes of everything that is loaded.
+        context: tokens.
+    """
+    cache = -(-context // _CACHE_STEP) * _CACHE_STEP * kv_bytes_per_token(base)
+    columns = _FEED_FORWARD_ROWS * int(base.hparam("feed_forward_length")) + _HIDDEN_ROWS * int(base.hparam("embedding_length"))
+    vocabulary = base["token_embd.weight"].shape[0] * _TOKEN_BYTES
+    return int(weights + cache + _UBATCH * 4 * columns + vocabulary + _RUNTIME_BYTES)
+
+
 def write_bundle(
     directory: Path,
     base: Base,
@@ -66,7 +85,7 @@ def write_bundle(
             "license": str(file.get_value("general.license") or "unknown"),
         },
         "context_length": context,
-        "memory_bytes": weights + context * kv_bytes_per_token(file),
+        "memory_bytes": memory_needed(file, weights, context),
         "presets": list(presets),
         "verification": verification,
         "licences": LICENCES,
