@@ -148,9 +148,9 @@ def test_the_tiny_model_gives_on_arm_what_it_gives_here(
 
 @pytest.mark.model
 def test_the_real_model_gives_on_arm_what_it_gives_here(phone_engine: Path, real_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of what ``cdcda bench --arm`` asks: under QEMU it takes its time."""
-    monkeypatch.setattr(emulated, "_CHUNKS", 1)
-    monkeypatch.setattr(emulated, "_ANSWER", 8)
+    """A little of what ``cdcda bench --arm`` asks: under QEMU it takes its time."""
+    for name, value in (("_CONTEXT", 32), ("_CHUNKS", 1), ("_ANSWER", 4)):
+        monkeypatch.setattr(emulated, name, value)
     prompts = ["The sky is", "In the year 1900", "Dear friends,", "A recipe for bread:"]
     found = emulate(real_base, phone_engine, "arm64-i8mm", prompts, lambda note: None)
     assert max(found.repacked.kl, found.plain.kl) < 0.01
@@ -168,14 +168,22 @@ def test_the_phone_on_the_cable_runs_the_real_engine(
     assert list(phone.local("/data/local/tmp").iterdir()) == []
 
 
+def test_the_last_line_of_the_comparison_counts() -> None:
+    said = """chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS            Same top p
+   1      14.5894 ±    9.4458       0.02153 ±    0.01637       0.00327 ±    0.00035     1.374 ±  0.271 %    100.000 ±  0.000 %
+   2      33.5313 ±   21.1266      -0.01527 ±    0.01510       0.00330 ±    0.00029     1.441 ±  0.203 %     97.500 ±  0.000 %
+"""
+    assert agreement_of(said) == emulated.Agreement(0.0033, 0.975)
+
+
 # What goes wrong.
 
 
 def test_what_is_missing_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no ARM variant 'arm64-sve'; one of: arm64-v8, arm64-dotprod, arm64-i8mm"):
         emulate(tiny / "model.gguf", tmp_path, "arm64-sve", [], lambda note: None)
-    with pytest.raises(ExportError, match="compared nothing"):
-        agreement_of("Mean PPL: 3")
+    with pytest.raises(ExportError, match="compared nothing .0.1 E kl_divergence: failed reading"):
+        agreement_of("Mean PPL: 3\n0.1 E kl_divergence: failed reading n_vocab")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="apt install qemu-user-static"):
         qemu()

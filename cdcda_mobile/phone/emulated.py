@@ -30,6 +30,8 @@ from cdcda_export.verify import neutral_texts
 _CONTEXT, _CHUNKS = 128, 4  # llama-perplexity looks at the second half of each chunk
 POSITIONS = _CHUNKS * (_CONTEXT // 2 - 1)
 _ANSWER = 16
+# A line of llama-perplexity's: chunk, perplexity, ln of its ratio, KL divergence, RMS of the change, same top token; means up to there.
+_CHUNK = re.compile(r"^\s*\d+" + 2 * r"\s+\S+ ±\s+\S+" + r"\s+(\S+) ±\s+\S+\s+\S+ ±\s+\S+ %\s+(\S+) ±", re.MULTILINE)
 _START_S, _ASK_S = 300.0, 600.0
 # A processor of QEMU's that has what the variant needs and nothing newer.
 CPUS = {"arm64-v8": "cortex-a53", "arm64-dotprod": "cortex-a76", "arm64-i8mm": "max"}
@@ -146,11 +148,12 @@ def agreement_of(said: str) -> Agreement:
     Raises:
         ExportError: it did not say it.
     """
-    kl, top = re.search(r"Mean\s+KLD:\s+(-?\d+\.\d+)", said), re.search(r"Same top p:\s+(\d+\.\d+)", said)
-    if not kl or not top:
+    found = _CHUNK.findall(said)
+    if not found:
         complaint = next((line for line in said.splitlines() if " E " in line), "no reason given")
         raise ExportError(f"llama-perplexity compared nothing ({complaint.strip()}).")
-    return Agreement(float(kl[1]), float(top[1]) / 100)
+    kl, top = found[-1]
+    return Agreement(float(kl), float(top) / 100)
 
 
 def _greedy(model: Path, server: Sequence[str], prompts: Sequence[str], socket_path: Path) -> tuple[list[int], list[int]]:
