@@ -63,10 +63,8 @@ def theirs(program: Path, model: Path, cores: Sequence[int]) -> dict[str, float]
     tests = PROTOCOLS[PROTOCOL]
     command = [str(program), "-m", str(model), "-p", str(tests.prompt), "-n", str(tests.answer), "-r", str(REPEATS), "-t", str(len(cores))]
     command += ["-lm", "none", "-o", "json"]
-    # As the command does for itself: threads that wait give the core away instead of spinning for ever.
-    environment = {**os.environ, "GOMP_SPINCOUNT": "30000"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores)
     ) as process:
         rows = json.loads(process.communicate()[0])
     return {"prefill" if row["n_prompt"] else "decode": statistics.median(row["samples_ts"]) for row in rows}
@@ -119,6 +117,7 @@ def main() -> None:
     """Measure in pairs, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three pairs")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does for its child: threads that wait give the core away
     pairs = 3 if parser.parse_args().quick else 32
     program, cores = peer(), choose_cores(10**6)
     with TemporaryDirectory(prefix="cdcda-latency-") as folder:

@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list_phones:
         print(json.dumps(_as_json(), indent=2) if arguments.json else _list_phones())
         return 0
-    if arguments.artifact is None:
-        raise ConfigError("Name an artifact (runs/42) to measure, or give --list-phones.")
+    _check_flags(arguments)
     if arguments.table or arguments.recommend:
         from cdcda_mobile.tradeoff_command import show_recommendation, show_table
 
@@ -54,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     fit = fit_of(phone, GgufFile(artifact.files["model"]), weights, arguments.context) if phone and artifact.format != "onnx" else None
     content |= {"predicted": _prediction_json(prediction), "fit": vars(fit) if fit else None}
     out = directory.parent / "bench" / f"{directory.name}-{where}-{arguments.protocol}.json"
-    out.parent.mkdir(mode=0o700, exist_ok=True)
     write_json(out, content)
     if arguments.json:
         print(json.dumps(content, indent=2))
@@ -64,7 +62,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if measured else 1
 
 
+_OUT_OF_MEMORY = "  out of memory: the model does not load, or its cache has no room."
 Found = tuple[list[str], str, dict[str, Any], bool]  # lines to print, where it ran, everything as JSON, whether there was memory
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse what says too little or too much.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for flag, value in (("--device", arguments.device), ("--arm", arguments.arm)):
+        if value and Path(value).exists():
+            raise ConfigError(f"The artifact stands before {flag}: cdcda bench {value} {flag}.")
+    if arguments.artifact is None:
+        raise ConfigError("Name an artifact (runs/42) to measure, or give --list-phones.")
+    asked = {
+        "--arm": bool(arguments.arm),
+        "--device": arguments.device is not None,
+        "--table": arguments.table,
+        "--recommend": arguments.recommend,
+    }
+    given = [flag for flag, is_given in asked.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other.")
 
 
 def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
@@ -86,10 +107,11 @@ def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path,
 def _on_device(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
     from cdcda_engine.build import build_engine
     from cdcda_mobile.phone.device import connect
-    from cdcda_mobile.phone.on_device import bench_on_device
+    from cdcda_mobile.phone.on_device import bench_on_device, plan_for
 
     progress = choose_progress(arguments.quiet or arguments.json)
-    device = connect(arguments.device)
+    sustained = arguments.sustained * 60
+    plan = plan_for(connect(arguments.device), artifact, arguments.protocol, arguments.repeats, sustained, arguments.threads)
     engine = build_engine(progress)
     steps = 2 * arguments.repeats
     sent = progress_of_bytes(progress, "to the phone", artifact.files["model"].stat().st_size)
@@ -102,25 +124,26 @@ def _on_device(arguments: argparse.Namespace, artifact: Artifact, directory: Pat
             steps = 0
         progress.advance(note=note)
 
-    found = bench_on_device(
-        device, artifact, engine, arguments.protocol, arguments.repeats, arguments.sustained * 60, arguments.threads, sent, step
-    )
+    found = bench_on_device(plan, engine, sent, step)
     progress.done()
     model = re.sub(r"[^\w-]+", "-", found.phone["model"]) or "phone"
-    return _device_lines(found), f"device-{model}", found.as_json(), True
+    return _device_lines(found), f"device-{model}", found.as_json(), found.measured is not None
 
 
 def _device_lines(found: OnDevice) -> list[str]:
     told, before, after = found.phone, found.before, found.after
-    lines = [
+    head = (
         f"{found.artifact.name} (gguf {found.quant}, {size(found.bytes)}) ON THE PHONE: {told['manufacturer']} {told['model']}, "
-        f"{told['soc'] or 'chip not said'}, Android {told['android']}; engine {found.variant}, cores {', '.join(map(str, found.cores))}",
-        *_speed_lines(found.measured, PROTOCOLS[found.protocol]),
-        f"  peak memory     {size(found.measured.peak_rss)}",
-    ]
+        f"{told['soc'] or 'chip not said'}, Android {told['android']}; engine {found.variant}, cores {', '.join(map(str, found.cores))}"
+    )
+    if found.measured is None:
+        return [head, _OUT_OF_MEMORY]
+    lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol]), f"  peak memory     {size(found.measured.peak_rss)}"]
     if before.temperature is not None and after.temperature is not None:
         lines.append(f"  battery         {before.temperature:.1f} °C before, {after.temperature:.1f} °C after; {after.battery} % left")
-    if after.throttling:
+    if not found.pinned:
+        lines.append("  NOT TO BE USED: the phone did not let the threads stay on these cores.")
+    if before.throttling or after.throttling:
         lines.append("  NOT TO BE USED: the phone slows itself down because it is hot; let it cool and run it again.")
     elif after.charging and found.measured.sustained:
         lines.append("  charging: a phone on a charger is warmer than one in a hand")
@@ -136,7 +159,7 @@ def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
         f"{found.artifact.name} ({found.format} {found.quant}, {size(found.bytes)}) on THIS MACHINE{like or f', {found.threads} threads'}"
     )
     if found.measured is None:
-        return [head, "  out of memory: the model does not load, or its cache has no room."]
+        return [head, _OUT_OF_MEMORY]
     lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol])]
     lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python's 40 MB included")
     crowded = found.measured.crowded or 0.0
@@ -170,7 +193,7 @@ def _predicted_lines(phone: Phone, prediction: Prediction | None, verdict: str |
     if verdict:
         lines.append(f"  memory          {verdict} (an app may take {size(phone.memory_budget.value)})")
     if prediction is None:
-        return [*lines, "  speed           not calibrated for ONNX"]
+        return [*lines, "  speed           not calibrated for ONNX and for adapters at run time"]
     basis = "other models were measured on this chip" if prediction.measured else "nobody measured this chip: from its memory and clocks"
     return [
         *lines,

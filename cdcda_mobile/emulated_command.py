@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cdcda_engine.build import build_engine
 from cdcda_export.artifact import Artifact
+from cdcda_export.bundle import read_bundle
+from cdcda_export.card_values import finite, part
 from cdcda_export.chat_template import template_of
 from cdcda_export.errors import ConfigError
 from cdcda_export.gates import get_gate
@@ -17,7 +19,7 @@ from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress
 from cdcda_export.quantization import quant_of_base
 from cdcda_export.verify import neutral_texts
-from cdcda_mobile.phone.emulated import Agreement, emulate, qemu
+from cdcda_mobile.phone.emulated import Agreement, check_variant, emulate, qemu
 
 _PROMPTS, _WORDS = 4, 12
 
@@ -31,11 +33,14 @@ def show_emulated(arguments: argparse.Namespace, artifact: Artifact, directory: 
     """
     if artifact.format != "gguf":
         raise ConfigError(f"The phone's engine is compared on merged GGUF files, and {directory} is {artifact.format}.")
-    qemu()  # said before twenty minutes of compiling
+    check_variant(arguments.arm)  # both said before twenty minutes of compiling
+    qemu()
     progress = choose_progress(arguments.quiet or arguments.json)
     engine = build_engine(progress)
     file = GgufFile(artifact.files["model"])
-    gate = get_gate(quant_of_base(file).name if artifact.quant == "base" else artifact.quant).kl
+    gate = finite(part(read_bundle(directory), "verification").get("kl_gate"))
+    if gate is None:  # not verified in full: the measured one of its quantization
+        gate = get_gate(quant_of_base(file).name if artifact.quant == "base" else artifact.quant).kl
     template = template_of(file)
     prompts = [template.prompt(" ".join(text.split()[:_WORDS])) for text in neutral_texts()[:_PROMPTS]]
     progress.start(f"executing {directory.name} as a phone does", 4, "steps")
@@ -43,7 +48,6 @@ def show_emulated(arguments: argparse.Namespace, artifact: Artifact, directory: 
     progress.done()
     passed = max(found.repacked.kl, found.plain.kl) <= gate
     out = directory.parent / "bench" / f"{directory.name}-{arguments.arm}.json"
-    out.parent.mkdir(mode=0o700, exist_ok=True)
     content = {**asdict(found), "gate": gate, "passed": passed}
     write_json(out, content)
     if arguments.json:

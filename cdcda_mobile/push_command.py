@@ -7,7 +7,7 @@ import argparse
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_mobile.chat import find_artifact
 from cdcda_mobile.phone.device import connect
-from cdcda_mobile.phone.push import APPLICATION_ID, files_of, push_bundle
+from cdcda_mobile.phone.push import APPLICATION_ID, parcel_of, push_bundle
 from cdcda_mobile.workspace import Workspace
 
 
@@ -19,11 +19,11 @@ def run(arguments: argparse.Namespace) -> None:
     """
     place = arguments.bundle or Workspace(arguments.workspace).user_directory(arguments.user)
     directory = find_artifact(place)
-    total = sum(path.stat().st_size for path in files_of(directory).values())
+    parcel = parcel_of(directory)
     device = connect(arguments.device)
     progress = choose_progress(arguments.quiet)
-    sent = progress_of_bytes(progress, f"{directory.name} to the phone", total)
+    sent = progress_of_bytes(progress, f"{directory.name} to the phone", parcel.bytes)
     name = f"{directory.resolve().parent.name}-{directory.name}"
-    done = push_bundle(device, directory, name, arguments.application_id or APPLICATION_ID, sent)
+    done = push_bundle(device, parcel, name, arguments.application_id or APPLICATION_ID, sent)
     progress.done()
     print(f"{directory} is on the phone ({len(done.sent)} files sent, {len(done.kept)} were there); choose it in the app under Models.")

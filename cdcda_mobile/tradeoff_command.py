@@ -28,7 +28,6 @@ def show_table(arguments: argparse.Namespace) -> int:
     names = arguments.phone.split(",") if arguments.phone else USUAL
     found = table(arguments.artifact, [get_phone(name) for name in names], arguments.context)
     out = arguments.artifact / "bench"
-    out.mkdir(mode=0o700, exist_ok=True)
     write_json(out / "tradeoff.json", {"rows": [row.as_json() for row in found]})
     plot = front_svg(found)
     if plot:
@@ -64,7 +63,8 @@ def show_recommendation(arguments: argparse.Namespace) -> int:
 
 def _described(path: Path, row: Row) -> str:
     speed = f"{_range(row.decode)} tok/s predicted" if row.decode else "speed unknown"
-    return f"{path / row.name}, {size(row.bytes)}, {speed}, memory: {row.fit.verdict if row.fit else 'unknown'}"
+    place = path / row.name if row.users == 1 and (path / row.name).exists() else row.name
+    return f"{place}, {size(row.bytes)}, {speed}, memory: {row.fit.verdict if row.fit else 'unknown'}"
 
 
 def _range(speed: Speed | None) -> str:
@@ -96,8 +96,8 @@ def _lines(found: Sequence[Row]) -> str:
                 str(row.users),
                 size(row.bytes),
                 f"{row.fit.verdict} ({size(row.fit.needed)})" if row.fit else "unknown",
-                _range(row.decode) if row.format != "onnx" else "not calibrated",
-                _range(row.prefill) if row.format != "onnx" else "not calibrated",
+                _range(row.decode) if row.format == "gguf" else "not calibrated",
+                _range(row.prefill) if row.format == "gguf" else "not calibrated",
                 duration(row.first_token) if row.first_token else "unknown",
                 f"{row.host:.1f}" if row.host else "-",
                 f"{q.kl:.4f}" if q.kl is not None else "-",

@@ -312,7 +312,14 @@ def build_programs(venv: Venv) -> None:
     """
     for verb in ("build-server", "build-engine"):
         command = [str(venv.folder / "bin" / "cdcda"), verb]
-        if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=venv.root, check=False).returncode:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=venv.root)
+        try:
+            failed = process.wait()
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)  # it ends its compilers, as at Ctrl-C; a kill would leave them
+                process.wait()
+        if failed:
             raise SetupError(f"The tests need what `cdcda {verb}` makes; what stops it stands above.")
 
 

@@ -11,7 +11,7 @@ import pytest
 from cdcda_export.artifact import Artifact
 from cdcda_export.errors import ConfigError, DeviceError, DiskFull
 from cdcda_mobile.phone.device import Core, Device, State, big_cores, connect
-from cdcda_mobile.phone.on_device import OnDevice, bench_on_device
+from cdcda_mobile.phone.on_device import OnDevice, bench_on_device, plan_for
 from fake_adb import FakePhone, free_port, phones
 
 # Speaks as llama-bench does: progress, a row for each test, samples in ns; its second test depends on what it is asked.
@@ -68,7 +68,8 @@ def artifact(tmp_path: Path) -> Artifact:
 def measure(
     device: Device, artifact: Artifact, engine: Path, protocol: str = "llama-bench", sustained: float = 0.0, threads: int = 0
 ) -> OnDevice:
-    return bench_on_device(device, artifact, engine, protocol, 3, sustained, threads, lambda count: None, lambda note: None)
+    plan = plan_for(device, artifact, protocol, 3, sustained, threads)
+    return bench_on_device(plan, engine, lambda count: None, lambda note: None)
 
 
 # Finding it.
@@ -91,6 +92,10 @@ def test_no_phone_several_phones_and_one_that_does_not_trust_us_are_one_sentence
         assert connect().serial == "B"
         with pytest.raises(DeviceError, match="The phone A is unauthorized: unlock it and confirm"):
             connect("A")
+    one.state = "no permissions (missing udev rules?)"
+    with phones(monkeypatch, one), pytest.raises(DeviceError, match="The phone A is not accessible: .*udev"):
+        connect()
+    one.state = "unauthorized"
     with phones(monkeypatch, one), pytest.raises(DeviceError, match="The phone A is unauthorized"):
         connect()
 
@@ -116,7 +121,9 @@ def test_it_says_what_it_is_but_not_which_one(device: Device) -> None:
 
 def test_the_big_cores_are_those_that_make_nobody_wait() -> None:
     little, big, prime = "0xd05", "0xd44", "0xd4e"
-    assert big_cores([Core(0, 1800, little), Core(1, 2400, big), Core(2, 3000, prime)]) == [1, 2]
+    assert big_cores([Core(0, 1800, little), Core(1, 2400, big), Core(2, 3000, prime)]) == [2, 1]
+    silver, gold = "0x805", "0x804"  # Kryo 4xx, whose cores differ less in their clocks
+    assert big_cores([Core(n, 1800 + 520 * (n > 5), gold if n > 5 else silver) for n in range(8)]) == [6, 7]
     assert big_cores([Core(0, 1800, big), Core(1, 3000, prime)]) == [1]
     assert big_cores([Core(n, 1600 + 400 * (n > 3), little) for n in range(8)]) == [4, 5, 6, 7]
     assert big_cores([Core(0, 0, ""), Core(1, 0, "")]) == [0, 1]
@@ -139,6 +146,7 @@ def test_it_is_measured_on_its_big_cores_and_left_as_it_was(
     assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
     assert found.cores == [2] and all("-t 1 -C 0x4 --cpu-strict 1 -lm none" in line for line in told)
     assert found.variant == "arm64-i8mm" and found.phone["model"] == "One Two/3"
+    assert found.measured is not None and found.pinned
     assert found.measured.prefill == pytest.approx([512 / 0.513, 512 / 0.514, 512 / 0.515])
     assert found.measured.decode == pytest.approx([128 / 0.129, 128 / 0.130, 128 / 0.131])
     assert "-p 0 -n 128 -r 8" in told[2] and len(found.measured.sustained) == 8
@@ -152,13 +160,19 @@ def test_the_other_protocol_goes_on_behind_the_prompt(
     phone.features = "fp asimd"
     phone.lay_out()
     assert measure(device, artifact, engine(), "pocketpal", threads=1).variant == "arm64-v8"
+    with pytest.raises(ConfigError, match="has 1 fast cores; --threads 2"):
+        plan_for(device, artifact, "pocketpal", 3, 0.0, 2)
     told = (phone.local("/data/local/tmp") / "told").read_text().splitlines()
     assert "-p 256 -n 0 -d" not in told[0] and "-p 0 -n 64 -d 256 -r 3" in told[1]
 
 
 @pytest.mark.parametrize(
     ("before", "says"),
-    [("echo 'error: failed to load model'; exit 3", "failed on the phone .error: failed to load model"), ("exit 0", "exit status 0")],
+    [
+        ("echo 'error: unknown model' >&2; exit 3", "failed on the phone .error: unknown model"),
+        ("exit 0", "exit status 0"),
+        ("echo '{'; exit 0", "exit status 0"),
+    ],
 )
 def test_an_engine_that_fails_there_says_why_and_leaves_nothing(
     before: str, says: str, device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
@@ -168,9 +182,35 @@ def test_an_engine_that_fails_there_says_why_and_leaves_nothing(
     assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
 
 
+@pytest.mark.parametrize("before", ["echo 'error: failed to create context with model' >&2; exit 1", "kill -9 $$"])
+def test_out_of_memory_is_a_result(before: str, device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]) -> None:
+    assert measure(device, artifact, engine(before)).measured is None
+    assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
+
+
+def test_threads_that_the_phone_moved_are_told_of(device: Device, artifact: Artifact, engine: Callable[..., Path]) -> None:
+    assert not measure(device, artifact, engine("echo 'warn: failed to set affinity mask 0x4' >&2")).pinned
+
+
+def test_a_run_that_is_stopped_leaves_neither_files_nor_processes(
+    device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
+) -> None:
+    """As at Ctrl-C: the exception comes while the engine runs."""
+    plan = plan_for(device, artifact, "llama-bench", 3, 0.0, 0)
+
+    def stop(note: str) -> None:
+        raise KeyboardInterrupt
+
+    program = engine('echo "llama-bench: benchmark 1/1: prompt run 1/3" >&2; sleep 5')
+    with pytest.raises(KeyboardInterrupt):
+        bench_on_device(plan, program, lambda count: None, stop)
+    assert [path.name for path in phone.local("/data/local/tmp").iterdir()] == ["told"]
+    assert any("kill -9 $(cat " in command for command in phone.commands)
+
+
 def test_a_cable_that_is_pulled_is_one_sentence(device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]) -> None:
     phone.unplug_at = "llama-bench -m"
-    with pytest.raises(DeviceError, match="unplugged during the run; plug it in and run the same command again"):
+    with pytest.raises(DeviceError, match="unplugged during the run; plug it in, remove what was put there .adb shell rm -r"):
         measure(device, artifact, engine())
 
 

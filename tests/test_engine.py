@@ -24,7 +24,7 @@ from cdcda_mobile.cli import main
 from cdcda_mobile.phone import emulated
 from cdcda_mobile.phone.device import connect
 from cdcda_mobile.phone.emulated import CPUS, agreement_of, emulate, qemu, served
-from cdcda_mobile.phone.on_device import bench_on_device
+from cdcda_mobile.phone.on_device import bench_on_device, plan_for
 from fake_adb import FakePhone, phones
 
 _AARCH64, _X86_64 = 183, 62
@@ -112,7 +112,9 @@ def test_loading_and_answering_makes_no_system_call_that_kills_an_app(phone_engi
     command = ["sh", "-c", f'exec "$0" "$@" 2> {log}', str(qemu()), "-strace", "-cpu", "max", str(phone_engine / "arm64-i8mm" / SERVER)]
     with served([*command, "-m", str(tiny / "model.gguf"), "-c", "256", "-t", "2", "--parallel", "1"], tmp_path / "socket") as ask:
         assert ask({"prompt": [20, 21, 22], "n_predict": 4, "temperature": 0.0, "return_tokens": True})["tokens"]
-    made = set(re.findall(r"^\d+ (\w+)\(", log.read_text(errors="replace"), re.MULTILINE))
+    said = log.read_text(errors="replace")
+    made = set(re.findall(r"^\d+ (\w+)\(", said, re.MULTILINE))
+    assert "Unknown syscall" not in said
     allowed = set(json.loads(files("cdcda_engine").joinpath("app_syscalls.json").read_text())["arm64"])
     assert {"openat", "futex", "accept4"} & made and len(made) > 15
     assert made <= allowed, made - allowed
@@ -162,7 +164,9 @@ def test_the_phone_on_the_cable_runs_the_real_engine(
 ) -> None:
     phone = FakePhone(tmp_path / "phone")
     with phones(monkeypatch, phone):
-        found = bench_on_device(connect(), read_artifact(tiny), phone_engine, "pocketpal", 2, 0.0, 0, lambda count: None, lambda note: None)
+        plan = plan_for(connect(), read_artifact(tiny), "pocketpal", 2, 0.0, 0)
+        found = bench_on_device(plan, phone_engine, lambda count: None, lambda note: None)
+    assert found.measured is not None
     assert found.variant == "arm64-i8mm" and len(found.measured.decode) == 2 and min(found.measured.decode) > 0
     assert found.raw[1]["n_depth"] == 256 and found.measured.peak_rss > 1_000_000
     assert list(phone.local("/data/local/tmp").iterdir()) == []
@@ -190,5 +194,6 @@ def test_what_is_missing_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_engine_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="llama-server does not start .1."), served(["false"], tmp_path / "socket"):
-        pass
+    for command, said in ((["false"], "exit status 1"), (["sh", "-c", "echo no such model >&2; exit 2"], "no such model")):
+        with pytest.raises(ExportError, match=f"does not start .{said}."), served(command, tmp_path / "socket"):
+            pass

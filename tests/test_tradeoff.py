@@ -23,7 +23,7 @@ Capture = pytest.CaptureFixture[str]
 def row(quant: str, speed: float | None, kl: float | None, kept: float | None = None, verdict: str = "fits", kind: str = "gguf") -> Row:
     decode = Speed(speed, 0.9 * speed, 1.1 * speed) if speed else None
     fit = Fit(verdict, 10, 100)
-    return Row(kind, quant, 1, 10.0, Quality(kl, kept, {}), "galaxy-s23", decode, decode, 0.1, fit, None)
+    return Row(f"{kind}-{quant}", kind, quant, 1, 10.0, Quality(kl, kept, {}), "galaxy-s23", decode, decode, 0.1, fit, None)
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -42,7 +42,11 @@ def test_the_fastest_that_keeps_the_person_is_recommended() -> None:
     ]
     chosen = recommend(found, 0.0)
     assert chosen.row == found[1] and "at least 90% of the personal gain" in chosen.why
-    assert chosen.refused == {"gguf-q4_0": "keeps 70% of the personal gain", "onnx-int4": "its speed was not calibrated"}
+    assert chosen.refused == {
+        "gguf-q4_0": "keeps 70% of the personal gain",
+        "gguf-q8_0": "keeps the person too, but is slower",
+        "onnx-int4": "its speed was not calibrated",
+    }
     slow = recommend(found, 50.0)
     assert slow.row == found[0] and "Closest" in slow.why and slow.refused["gguf-q8_0"] == "may decode at 36.0 tok/s only"
     assert recommend(found, 100.0).row is None
@@ -52,6 +56,7 @@ def test_what_does_not_fit_or_was_not_measured_is_no_choice_where_there_is_anoth
     found = [row("q8_0", 40, 0.001, 1.0, verdict="does not fit"), row("q4_0", 60, 0.02), row("q4_1", 50, 0.01)]
     chosen = recommend(found, 0.0)
     assert chosen.row == found[2] and "does not fit into the memory" in chosen.refused["gguf-q8_0"]
+    assert chosen.refused["gguf-q4_0"] == "further from the float32 model"
     chosen = recommend([*found, row("q5_0", 45, 0.015, 0.99)], 0.0)
     assert chosen.row is not None and chosen.row.quant == "q5_0" and "was not measured" in chosen.refused["gguf-q4_0"]
 
@@ -77,12 +82,13 @@ def test_the_table_of_a_user_and_of_a_workspace(runs: Path, capsys: Capture) -> 
     measured = {"measured": {"decode": [30.0, 10.0, 20.0]}}
     (user / "bench").mkdir(exist_ok=True)
     (user / "bench" / "gguf-q8_0-galaxy-s23-llama-bench.json").write_text(json.dumps(measured))
+    (user / "bench" / "gguf-q8_0-galaxy-s23-pocketpal.json").write_text(json.dumps({"measured": {"decode": [99.0]}}))
     (user / "bench" / "gguf-f16-galaxy-s23-llama-bench.json").write_text("{")
     assert main(["bench", str(user), "--table", "--phone", "galaxy-s23,galaxy-a16"]) == 0
     out = capsys.readouterr().out
     assert len([line for line in out.splitlines() if " gguf-" in line]) == 4 and " 20.0 " in out and "fits" in out
     rows = json.loads((user / "bench" / "tradeoff.json").read_text())["rows"]
-    assert {(one["phone"], one["artifact"]) for one in rows} == {
+    assert {(one["phone"], one["name"]) for one in rows} == {
         (p, f"gguf-{q}") for p in ("galaxy-s23", "galaxy-a16") for q in ("q8_0", "f16")
     }
     assert all(one["quality"]["kl"] is not None and one["decode"]["low"] < one["decode"]["high"] for one in rows if one["decode"])

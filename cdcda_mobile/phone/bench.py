@@ -231,7 +231,7 @@ def fit_of(phone: Phone, file: GgufFile, size: int, context: int) -> Fit:
 
 def predicted(phone: Phone, artifact: Artifact, protocol: str) -> Prediction | None:
     """Return what is expected of a GGUF on a phone; None for another format, for which nothing was calibrated."""
-    if artifact.format == "onnx":
+    if artifact.format != "gguf":
         return None
     tests = PROTOCOLS[protocol]
     return predict(phone, work_of(GgufFile(artifact.files["model"])), tests.answer // 2 + tests.prompt * tests.chained)

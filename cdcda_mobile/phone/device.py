@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import shlex
+import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,8 +21,12 @@ _TEMPORARY = "/data/local/tmp"  # where the shell may run programs, on every And
 _EXIT = "cdcda-exit:"
 _SPARE = 64 * 2**20  # bytes that are left free
 _TIMEOUT_S = 600.0
-# Arm's efficiency cores by the part number in /proc/cpuinfo: Cortex-A53, A55, A510, A520.
-_LITTLE_PARTS = frozenset({"0xd03", "0xd05", "0xd46", "0xd80"})
+# Efficiency cores by the part number in /proc/cpuinfo: Cortex-A53, A55, A510, A520; Qualcomm's Kryo 2xx, 3xx and 4xx Silver.
+_LITTLE_PARTS = frozenset({"0xd03", "0xd05", "0xd46", "0xd80", "0x801", "0x803", "0x805"})
+_ADVICE = {
+    "unauthorized": "unlock it and confirm on its screen that this computer may debug it",
+    "no": "this user may not open its USB port; install Android's udev rules, or add yourself to the group plugdev",
+}
 _FEW = 4
 
 
@@ -98,7 +104,8 @@ class Device:
                     else:
                         line(text)
         if status is None:
-            raise DeviceError("The phone was unplugged during the run; plug it in and run the same command again.")
+            remedy = f"plug it in, remove what was put there (adb shell rm -r {_TEMPORARY}/cdcda-*)"
+            raise DeviceError(f"The phone was unplugged during the run; {remedy} and run the same command again.")
         return status
 
     # What it is.
@@ -177,11 +184,17 @@ class Device:
             DeviceError: the phone is gone or refuses.
         """
         size, folder = source.stat().st_size, target.rpartition("/")[0]
+        partial = f"{target}.partial"
+        self.run(f"rm -f {shlex.quote(partial)}")  # of a push that was cut short
         if self.free_bytes(folder) < size + _SPARE:
             raise DiskFull(f"The phone has no room for {source.name} ({size / 1e6:.0f} MB); free some storage on it.")
-        partial = f"{target}.partial"
-        with _explained(), source.open("rb") as stream:
-            self._adb.sync.push(_Counted(stream, advance), partial, mode=mode, check=True)
+        try:
+            with _explained(), source.open("rb") as stream:
+                self._adb.sync.push(_Counted(stream, advance), partial, mode=mode, check=True)
+        except DeviceError as error:
+            if "FAIL" not in str(error):
+                raise
+            raise DeviceError(f"The phone does not take {target}: it has no room, or gives no permission.") from error
         self.run(f"mv {shlex.quote(partial)} {shlex.quote(target)}")
 
     @contextmanager
@@ -215,7 +228,8 @@ def _explained() -> Iterator[None]:
 
     try:
         yield
-    except (AdbError, EOFError, OSError) as error:
+    except (AdbError, EOFError, OSError, AssertionError, ValueError, struct.error, subprocess.SubprocessError) as error:
+        # adbutils reads answers that were cut short without a look at their length.
         raise DeviceError(f"The phone does not answer ({error}); check the cable and run the same command again.") from error
 
 
@@ -243,7 +257,9 @@ def connect(serial: str = "") -> Device:
         raise ConfigError(f"There is no phone {serial} on adb. Connected: {', '.join(states) or 'none'}.")
     if serial and serial not in ready or not serial and states and not ready:
         name = serial or next(iter(states))
-        raise DeviceError(f"The phone {name} is {states[name]}: unlock it and confirm on its screen that this computer may debug it.")
+        state = states[name]
+        advice = _ADVICE.get(state, "unplug it and plug it in again")
+        raise DeviceError(f"The phone {name} is {'not accessible' if state == 'no' else state}: {advice}.")
     if not ready:
         raise DeviceError(
             "No phone is connected: switch on USB debugging (Settings, System, Developer options), plug it in and confirm on its screen."
@@ -265,7 +281,8 @@ def parts_of(cpuinfo: str) -> dict[int, str]:
 
 
 def big_cores(cores: list[Core]) -> list[int]:
-    """Return the cores that should compute: those that do not make the others wait; where all are little, four of the fastest."""
+    """Return the cores that should compute, the fastest first: those that make nobody wait; where all are little, four of them."""
     fastest = max((core.khz for core in cores), default=0)
-    big = [core.number for core in cores if core.part not in _LITTLE_PARTS and core.khz >= SLOW * fastest]
-    return big or [core.number for core in sorted(cores, key=lambda core: -core.khz)[:_FEW]]
+    ordered = sorted(cores, key=lambda core: -core.khz)
+    big = [core.number for core in ordered if core.part not in _LITTLE_PARTS and core.khz >= SLOW * fastest]
+    return big or [core.number for core in ordered[:_FEW]]

@@ -28,7 +28,6 @@ from cdcda_export.runtime import LlamaCpp, cpu_threads
 from cdcda_export.verify import neutral_texts
 
 _CONTEXT, _CHUNKS = 128, 4  # llama-perplexity looks at the second half of each chunk
-POSITIONS = _CHUNKS * (_CONTEXT // 2 - 1)
 _ANSWER = 16
 # A line of llama-perplexity's: chunk, perplexity, ln of its ratio, KL divergence, RMS of the change, same top token; means up to there.
 _CHUNK = re.compile(r"^\s*\d+" + 2 * r"\s+\S+ ±\s+\S+" + r"\s+(\S+) ±\s+\S+\s+\S+ ±\s+\S+ %\s+(\S+) ±", re.MULTILINE)
@@ -86,6 +85,16 @@ def qemu() -> Path:
     raise ConfigError("The phone's engine runs here under QEMU, which is not installed: `apt install qemu-user-static`.")
 
 
+def check_variant(name: str) -> None:
+    """Look whether there is such a build.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    if name not in CPUS:
+        raise ConfigError(f"There is no ARM variant '{name}'; one of: {', '.join(CPUS)}.")
+
+
 def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], step: Callable[[str], object]) -> Emulated:
     """Let the phone's engine execute a model and compare it with this machine's.
 
@@ -100,8 +109,7 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
         ConfigError: QEMU is not there, there is no such variant, or the engine has no build for this machine.
         ExportError: the engine failed.
     """
-    if variant not in CPUS:
-        raise ConfigError(f"There is no ARM variant '{variant}'; one of: {', '.join(CPUS)}.")
+    check_variant(variant)
     arm = [str(qemu()), "-cpu", CPUS[variant]]
     with TemporaryDirectory(prefix="cdcda-emulated-") as place:
         text, logits = Path(place) / "text.txt", Path(place) / "logits"
@@ -122,7 +130,7 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
             step("plain kernels" if options else "repacked kernels")
         equal, asked = _greedy(model, [*arm, str(engine / variant / SERVER)], prompts, Path(place) / "socket")
         step("greedy answers")
-    return Emulated(variant, CPUS[variant], POSITIONS, found[0], found[1], equal, asked)
+    return Emulated(variant, CPUS[variant], _CHUNKS * (_CONTEXT // 2 - 1), found[0], found[1], equal, asked)
 
 
 def _host(engine: Path) -> list[str]:
@@ -194,13 +202,11 @@ def served(command: Sequence[str], path: Path) -> Iterator[Callable[[Mapping[str
     Raises:
         ExportError: it does not start, or fails.
     """
-    path = path.with_suffix(".sock")
-    process = subprocess.Popen(
-        [*command, "--host", str(path), "--no-ui", "--offline"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    path, said = path.with_suffix(".sock"), path.with_suffix(".log")
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--host", str(path), "--no-ui", "--offline"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
+        )
 
     def request(method: str, place: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
         connection = _UnixConnection(path)
@@ -224,7 +230,8 @@ def served(command: Sequence[str], path: Path) -> Iterator[Callable[[Mapping[str
                 if request("GET", "/health")[0] == http.client.OK:
                     break
             if process.poll() is not None or time.monotonic() > until:
-                raise ExportError(f"The phone's llama-server does not start ({process.poll()}); is {command[-1]} a whole model?")
+                lines = said.read_text(errors="replace").strip().splitlines() or [f"exit status {process.poll()}"]
+                raise ExportError(f"The phone's llama-server does not start ({lines[-1][:200]}).")
             time.sleep(0.2)
         yield ask
     finally:

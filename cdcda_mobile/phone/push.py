@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,26 @@ class Pushed:
     kept: list[str]
 
 
-def files_of(directory: Path) -> dict[str, Path]:
-    """Return name on the phone -> file of a verified bundle, the largest first, ``bundle.json`` left out.
+@dataclass(frozen=True)
+class Parcel:
+    """A verified bundle on its way.
+
+    Attributes:
+        bundle: its ``bundle.json``.
+        files: name on the phone -> file, the largest first, ``bundle.json`` left out.
+    """
+
+    bundle: dict[str, Any]
+    files: dict[str, Path]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def parcel_of(directory: Path) -> Parcel:
+    """Return what of an artifact goes onto a phone.
 
     Raises:
         FileError: there is no finished artifact, or it was changed.
@@ -46,25 +65,24 @@ def files_of(directory: Path) -> dict[str, Path]:
         raise ConfigError(f"The app runs GGUF, and {directory} is {bundle['format']}; export one with --format gguf.")
     found = {entry["file"]: directory / entry["path"] for entry in bundle["files"].values()}
     found[LICENCES] = directory / LICENCES
-    return dict(sorted(found.items(), key=lambda item: -item[1].stat().st_size))
+    return Parcel(bundle, dict(sorted(found.items(), key=lambda item: -item[1].stat().st_size)))
 
 
-def push_bundle(device: Device, directory: Path, name: str, application: str, sent: Callable[[int], object]) -> Pushed:
+def push_bundle(device: Device, parcel: Parcel, name: str, application: str, sent: Callable[[int], object]) -> Pushed:
     """Put a bundle on a phone; what is there already is not sent again, and the app sees it only when it is whole.
 
     Args:
         device: the phone.
-        directory: of the artifact.
+        parcel: what goes.
         name: what its folder is called there; what is no letter, digit, ``.``, ``_`` or ``-`` becomes ``-``.
         application: the app's id.
         sent: told of bytes that went, or need not go.
 
     Raises:
-        FileError, VerificationFailed, ConfigError: see ``files_of``.
+        ConfigError: that is no application id.
         DeviceError: the app is not there, or the phone refuses.
         DiskFull: the phone has no room.
     """
-    files = files_of(directory)
     if not re.fullmatch(r"\w+(\.\w+)+", application):
         raise ConfigError(f"'{application}' is no application id; one looks like {APPLICATION_ID}.")
     if not device.try_run(f"pm path {application}"):
@@ -73,19 +91,20 @@ def push_bundle(device: Device, directory: Path, name: str, application: str, se
     device.run(f"mkdir -p {folder}")
     # Taken away first and put back last: a model without it is none to the app.
     device.run(f"rm -f {folder}/{BUNDLE}")
-    hashes = {entry["file"]: entry["sha256"] for entry in require_verified(directory)["files"].values()}
+    hashes = {entry["file"]: entry["sha256"] for entry in parcel.bundle["files"].values()}
     done = Pushed(folder, [], [])
-    for file, path in files.items():
+    for file, path in parcel.files.items():
         target = f"{folder}/{file}"
         if file in hashes and device.sha256(target) == hashes[file]:
             done.kept.append(file)
             sent(path.stat().st_size)
             continue
+        device.run(f"rm -f {shlex.quote(target)}")  # an old model is in the way of a new one where there is room for one
         device.push(path, target, sent)
         done.sent.append(file)
     with TemporaryDirectory() as place:
         flat = Path(place) / BUNDLE
-        flat.write_text(json.dumps(_flat(json.loads((directory / BUNDLE).read_text(encoding="utf-8")))), encoding="utf-8")
+        flat.write_text(json.dumps(_flat(parcel.bundle)), encoding="utf-8")
         device.push(flat, f"{folder}/{BUNDLE}", lambda count: None)
     return done
 

@@ -17,7 +17,7 @@ from cdcda_export.bundle import BUNDLE
 from cdcda_export.card_values import finite, part, rows
 from cdcda_export.errors import FileError
 from cdcda_export.gguf import GgufFile
-from cdcda_export.manifest import read_manifest
+from cdcda_export.manifest import MANIFEST, read_manifest
 from cdcda_export.report_plot import ticks
 from cdcda_mobile.chat import read_artifact
 from cdcda_mobile.phone.bench import Fit, fit_of
@@ -26,6 +26,7 @@ from cdcda_mobile.phone.predict import Speed, predict, work_of
 
 PROMPT = 256  # tokens before the first one
 KEPT = 0.9  # of the personal gain: what keeps so much is as good as the rest for us
+PROTOCOL = "llama-bench"  # whose decode is shown
 _MIDDLE = 288
 
 
@@ -49,6 +50,7 @@ class Row:
     """One kind of artifact on one phone.
 
     Attributes:
+        name: the folder that such an artifact lies in.
         format: gguf, gguf-lora or onnx.
         quant: its quantization.
         users: how many it was exported for.
@@ -59,10 +61,11 @@ class Row:
         prefill: the same.
         first_token: predicted seconds from a prompt of ``PROMPT`` tokens to the first one.
         fit: memory and verdict; None for ONNX.
-        host: median decode that ``cdcda bench`` measured here, tokens a second; None where it did not.
+        host: median decode that ``cdcda bench`` measured here since it was exported, tokens a second; None where it did not.
         front: no other row of this phone is both faster and closer to the float32 model.
     """
 
+    name: str
     format: str
     quant: str
     users: int
@@ -76,14 +79,9 @@ class Row:
     host: float | None
     front: bool = False
 
-    @property
-    def name(self) -> str:
-        """The folder that such an artifact lies in."""
-        return f"{self.format}-{self.quant}"
-
     def as_json(self) -> dict[str, Any]:
         """Return everything."""
-        return {"artifact": self.name, **asdict(self)}
+        return asdict(self)
 
 
 def artifacts_in(path: Path) -> list[Path]:
@@ -110,32 +108,46 @@ def table(path: Path, phones: Sequence[Phone], context: int) -> list[Row]:
     Raises:
         FileError: there are no artifacts, or one was changed.
     """
-    kinds: dict[tuple[str, str], list[tuple[Path, Artifact]]] = defaultdict(list)
+    kinds: dict[str, list[tuple[Path, Artifact]]] = defaultdict(list)
     for directory in artifacts_in(path):
-        artifact = read_artifact(directory)
-        kinds[artifact.format, artifact.quant].append((directory, artifact))
+        kinds[directory.name].append((directory, read_artifact(directory)))
     found = []
     for phone in phones:
-        mine = [_row(phone, kind, members, context) for kind, members in kinds.items()]
+        mine = [_row(phone, name, members, context) for name, members in kinds.items()]
         found += sorted(_with_front(mine), key=lambda row: -(row.decode.expected if row.decode else 0.0))
     return found
 
 
-def _row(phone: Phone, kind: tuple[str, str], members: Sequence[tuple[Path, Artifact]], context: int) -> Row:
+def _row(phone: Phone, name: str, members: Sequence[tuple[Path, Artifact]], context: int) -> Row:
     sizes = [sum(path.stat().st_size for path in artifact.files.values()) for _, artifact in members]
     decode = prefill = fit = first = None
-    if kind[0] != "onnx":
+    first_of_all = members[0][1]
+    if first_of_all.format != "onnx":
         # All users' artifacts of a kind hold the same tensors: one of them says how fast all are.
-        file = GgufFile(members[0][1].files["model"])
-        prediction = predict(phone, work_of(file), _MIDDLE)
-        decode, prefill = prediction.decode, prediction.prefill
+        file = GgufFile(first_of_all.files["model"])
         fit = fit_of(phone, file, max(sizes), context)
+        if first_of_all.format == "gguf":  # an adapter at run time was never measured on a phone
+            prediction = predict(phone, work_of(file), _MIDDLE)
+            decode, prefill = prediction.decode, prediction.prefill
         if decode and prefill:
             first = PROMPT / prefill.expected + 1 / decode.expected
     cards = [_card(directory) for directory, _ in members]
     measured = [speed for directory, _ in members for speed in _measured(directory, phone)]
     host = fmean(measured) if measured else None
-    return Row(*kind, len(members), fmean(sizes), _quality(cards), phone.key, decode, prefill, first, fit, host)
+    return Row(
+        name,
+        first_of_all.format,
+        first_of_all.quant,
+        len(members),
+        fmean(sizes),
+        _quality(cards),
+        phone.key,
+        decode,
+        prefill,
+        first,
+        fit,
+        host,
+    )
 
 
 def _card(directory: Path) -> dict[str, Any]:
@@ -163,9 +175,11 @@ def _quality(cards: Sequence[dict[str, Any]]) -> Quality:
 
 
 def _measured(directory: Path, phone: Phone) -> Iterator[float]:
-    """Give the decode speeds that ``cdcda bench`` measured on this machine for an artifact, within this phone's limits."""
-    for path in (directory.parent / "bench").glob(f"{directory.name}-{phone.key}-*.json"):
+    """Give the decode speed that ``cdcda bench`` measured on this machine for an artifact as it is, within this phone's limits."""
+    for path in (directory.parent / "bench").glob(f"{directory.name}-{phone.key}-{PROTOCOL}.json"):
         try:
+            if path.stat().st_mtime < (directory / MANIFEST).stat().st_mtime:
+                continue
             content = json.loads(path.read_text(encoding="utf-8"))
             speeds = sorted(float(speed) for speed in content["measured"]["decode"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -221,17 +235,19 @@ def recommend(found: Sequence[Row], least: float) -> Recommendation:
         return Recommendation(None, "No exported artifact will do on this phone.", refused)
     keeping = [row for row in able if (row.quality.kept or 0.0) >= KEPT]
     if keeping:
-        lost = {row.name: _lost(row) for row in able if row not in keeping}
         best = max(keeping, key=lambda row: row.decode.expected if row.decode else 0.0)
+        lost = {row.name: "keeps the person too, but is slower" if row in keeping else _lost(row) for row in able if row is not best}
         return Recommendation(best, f"The fastest of those that keep at least {KEPT:.0%} of the personal gain.", refused | lost)
     best = min(able, key=lambda row: (math.inf if row.quality.kl is None else row.quality.kl, row.bytes))
-    return Recommendation(best, f"Closest to the float32 model; none is known to keep {KEPT:.0%} of the personal gain.", refused)
+    further = {row.name: "further from the float32 model" for row in able if row is not best}
+    why = f"Closest to the float32 model; none is known to keep {KEPT:.0%} of the personal gain."
+    return Recommendation(best, why, refused | further)
 
 
 def _against(row: Row, least: float) -> str:
     """Return what speaks against an artifact on its phone, '' for nothing."""
     if row.decode is None:
-        return "its speed was not calibrated" if row.format == "onnx" else "nothing is known of this phone's speed"
+        return "its speed was not calibrated" if row.format != "gguf" else "nothing is known of this phone's speed"
     if row.fit is not None and row.fit.verdict == "does not fit":
         return "does not fit into the memory that an app may take"
     return f"may decode at {row.decode.low:.1f} tok/s only" if row.decode.low < least else ""

@@ -7,6 +7,7 @@ The sources are those of the installed llama-cpp-python, so a phone runs the lla
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,6 +96,7 @@ def _compile(partial: Path, log: TextIO, progress: Progress) -> dict[str, str]:
     zig, _ = _zig()
     compiler = Build("the engine", partial, log, progress)
     facts = compiler.unpack(("tools/server", "tools/llama-bench", "tools/perplexity", "licenses"))
+    _keep_licences(compiler.sources, zig.parent, partial / "licences")
     # The plainest first: what all variants of a target share is compiled with it.
     for name, variant in reversed(VARIANTS.items()):
         compiler.what = f"the engine ({name})"
@@ -102,7 +104,6 @@ def _compile(partial: Path, log: TextIO, progress: Progress) -> dict[str, str]:
         (partial / name).mkdir()
         for program in PROGRAMS:
             shutil.copy2(made / program, partial / name / program)
-    _keep_licences(compiler.sources, zig.parent, partial / "licences")
     compiler.clear()
     shutil.rmtree(partial / "zig")
     return facts
@@ -113,7 +114,7 @@ def _options(zig: Path, variant: Variant, partial: Path) -> list[str]:
     folder = partial / "zig" / variant.target
     folder.mkdir(parents=True, exist_ok=True)
     # Paths of this machine would make other bytes elsewhere.
-    plain = f"-ffile-prefix-map={partial}=."
+    plain = shlex.quote(f"-ffile-prefix-map={partial}=.")
     for name, words in {
         "cc": f"cc -target {variant.target} {plain}",
         "c++": f"c++ -target {variant.target} {plain}",
