@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cdcda_export.artifact import Artifact
-from cdcda_export.card_values import duration, percent, significant, size
+from cdcda_export.card_values import duration, percent, size
 from cdcda_export.errors import ConfigError
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import write_json
@@ -204,11 +204,10 @@ def _predicted_lines(phone: Phone, prediction: Prediction | None, verdict: str |
 
 
 def _range(speed: Speed | None) -> str:
-    return (
-        "unknown"
-        if speed is None
-        else f"{significant(speed.expected)} tok/s, 90 % between {significant(speed.low)} and {significant(speed.high)}"
-    )
+    if speed is None:
+        return "unknown"
+    expected, low, high = speed.texts()
+    return f"{expected} tok/s, 90 % between {low} and {high}"
 
 
 def _prediction_json(prediction: Prediction | None) -> dict[str, object] | None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdcda_export.card_values import duration, significant, size
+from cdcda_export.card_values import duration, size
 from cdcda_export.errors import ConfigError
 from cdcda_export.manifest import write_atomic, write_json
 from cdcda_mobile.phone.classes import get_phone
@@ -68,7 +68,10 @@ def _described(path: Path, row: Row) -> str:
 
 
 def _range(speed: Speed | None) -> str:
-    return f"{significant(speed.expected)} ({significant(speed.low)}-{significant(speed.high)})" if speed else "unknown"
+    if speed is None:
+        return "unknown"
+    expected, low, high = speed.texts()
+    return f"{expected} ({low}-{high})"
 
 
 def _lines(found: Sequence[Row]) -> str:

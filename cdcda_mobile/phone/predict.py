@@ -27,6 +27,7 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _ROWS_ONLY = ("per_layer_token_embd.weight",)  # a token reads one row
 # That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption; a judgement, not a fit.
 _LAYER_DOUBT = 0.3
+_WHOLE = 100  # tokens a second from which on nobody wants decimals
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Speed:
     expected: float
     low: float
     high: float
+
+    def texts(self) -> tuple[str, str, str]:
+        """Return the three numbers as people read them."""
+        expected, low, high = (f"{value:.0f}" if value >= _WHOLE else f"{value:.3g}" for value in (self.expected, self.low, self.high))
+        return expected, low, high
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from cdcda_export.artifact import Artifact
-from cdcda_export.bundle import BUNDLE
+from cdcda_export.bundle import BUNDLE, read_bundle
 from cdcda_export.card_values import finite, part, rows
 from cdcda_export.errors import FileError
 from cdcda_export.gguf import GgufFile
@@ -153,7 +153,8 @@ def _row(phone: Phone, name: str, members: Sequence[tuple[Path, Artifact]], cont
 def _card(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     card = manifest.metrics.get("card") if manifest else None
-    return dict(card) if isinstance(card, dict) else {}
+    # An adapter from elsewhere has no user's card, but what was verified stands in every bundle.
+    return {**(card if isinstance(card, dict) else {}), "verification": read_bundle(directory)["verification"]}
 
 
 def _quality(cards: Sequence[dict[str, Any]]) -> Quality:
