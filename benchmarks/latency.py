@@ -24,8 +24,7 @@ from typing import Any
 from cdcda_export.artifact import Artifact, types_of
 from cdcda_export.base import Base
 from cdcda_export.bundle import memory_needed
-from cdcda_export.cache import cache_folder, cached
-from cdcda_export.compiling import CMAKE, Build
+from cdcda_export.compiling import CMAKE, Build, compiled
 from cdcda_export.converter import converter_version
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
@@ -46,16 +45,13 @@ QUANTS = ("q4_0", "q8_0", "f16")
 def peer() -> Path:
     """Return llama-bench for this machine, compiled the first time."""
 
-    def build(partial: Path) -> dict[str, str]:
-        with open(cache_folder() / "peers" / "build.log", "w", encoding="utf-8", buffering=1) as log:
-            compiler = Build(PROGRAM, partial, log, Plain())
-            facts = compiler.unpack(("tools/llama-bench",))
-            os.replace(compiler.make("build", OPTIONS, (PROGRAM,)) / PROGRAM, partial / PROGRAM)
-            compiler.clear()
+    def make(compiler: Build) -> dict[str, str]:
+        facts = compiler.unpack(("tools/llama-bench",))
+        os.replace(compiler.make("build", OPTIONS, (PROGRAM,)) / PROGRAM, compiler.folder / PROGRAM)
         return facts
 
     inputs = {"program": PROGRAM, "version": converter_version(), "cmake": [*CMAKE, *OPTIONS], "machine": hardware()["processor"]}
-    return cached("peers", inputs, build).directory / PROGRAM
+    return compiled("peers", inputs, PROGRAM, Plain(), make) / PROGRAM
 
 
 def theirs(program: Path, model: Path, cores: Sequence[int]) -> dict[str, float]:

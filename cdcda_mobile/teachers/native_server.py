@@ -13,8 +13,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cdcda_export.cache import cache_folder, cached, find
-from cdcda_export.compiling import CMAKE, Build
+from cdcda_export.cache import find
+from cdcda_export.compiling import CMAKE, Build, compiled
 from cdcda_export.converter import converter_version
 from cdcda_export.errors import ConfigError
 from cdcda_export.progress import Progress
@@ -114,12 +114,9 @@ def build_native_server(progress: Progress) -> Path:
         DiskFull: there is no room for it.
     """
 
-    def build(partial: Path) -> dict[str, str]:
-        with open(cache_folder() / _KIND / "build.log", "w", encoding="utf-8", buffering=1) as log:
-            compiler = Build("llama.cpp's server", partial, log, progress)
-            facts = compiler.unpack(("tools/server",))
-            os.replace(compiler.make("build", _CMAKE, (_NAME,)) / _NAME, partial / _NAME)
-            compiler.clear()
+    def make(compiler: Build) -> dict[str, str]:
+        facts = compiler.unpack(("tools/server",))
+        os.replace(compiler.make("build", _CMAKE, (_NAME,)) / _NAME, compiler.folder / _NAME)
         return facts
 
-    return cached(_KIND, _inputs(), build).directory / _NAME
+    return compiled(_KIND, _inputs(), "llama.cpp's server", progress, make) / _NAME

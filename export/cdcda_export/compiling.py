@@ -12,12 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from cdcda_export.cache import cache_folder, cached
 from cdcda_export.converter import unpack_sources
 from cdcda_export.errors import BuildError, ConfigError, DiskFull
 from cdcda_export.progress import Progress
@@ -37,6 +38,30 @@ CMAKE = (
     "-DLLAMA_BUILD_APP=OFF",
 )
 _UNUSED = ("docs", "media", "models")  # half of the sources by size
+
+
+def compiled(kind: str, inputs: Mapping[str, Any], what: str, progress: Progress, make: Callable[[Build], dict[str, str]]) -> Path:
+    """Return the folder of what was compiled, from the cache folder or made now; the compiler's words are in ``<kind>/build.log`` there.
+
+    Args:
+        kind: names the folder in the cache folder.
+        inputs: everything that decides the machine code.
+        what: it is called in messages.
+        progress: told what goes on.
+        make: puts what is kept into ``Build.folder``, and returns facts of it.
+
+    Raises:
+        ConfigError, FileError, BuildError, DiskFull: see ``Build``.
+    """
+
+    def build(partial: Path) -> dict[str, str]:
+        with open(cache_folder() / kind / "build.log", "w", encoding="utf-8", buffering=1) as log:
+            compiler = Build(what, partial, log, progress)
+            facts = make(compiler)
+            compiler.clear()
+        return facts
+
+    return cached(kind, inputs, build).directory
 
 
 @dataclass

@@ -11,11 +11,10 @@ import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TextIO
 
 from cdcda_engine.variants import VARIANTS, Variant
-from cdcda_export.cache import cache_folder, cached, find
-from cdcda_export.compiling import CMAKE, Build
+from cdcda_export.cache import find
+from cdcda_export.compiling import CMAKE, Build, compiled
 from cdcda_export.converter import converter_version
 from cdcda_export.errors import MissingDependency
 from cdcda_export.manifest import sha256_file
@@ -84,17 +83,11 @@ def build_engine(progress: Progress) -> Path:
         BuildError: it cannot be compiled.
         DiskFull: there is no room for it.
     """
-
-    def build(partial: Path) -> dict[str, str]:
-        with open(cache_folder() / _KIND / "build.log", "w", encoding="utf-8", buffering=1) as log:
-            return _compile(partial, log, progress)
-
-    return cached(_KIND, _inputs(), build).directory
+    return compiled(_KIND, _inputs(), "the engine", progress, _make)
 
 
-def _compile(partial: Path, log: TextIO, progress: Progress) -> dict[str, str]:
-    zig, _ = _zig()
-    compiler = Build("the engine", partial, log, progress)
+def _make(compiler: Build) -> dict[str, str]:
+    zig, partial = _zig()[0], compiler.folder
     facts = compiler.unpack(("tools/server", "tools/llama-bench", "tools/perplexity", "licenses"))
     _keep_licences(compiler.sources, zig.parent, partial / "licences")
     # The plainest first: what all variants of a target share is compiled with it.
@@ -104,7 +97,6 @@ def _compile(partial: Path, log: TextIO, progress: Progress) -> dict[str, str]:
         (partial / name).mkdir()
         for program in PROGRAMS:
             shutil.copy2(made / program, partial / name / program)
-    compiler.clear()
     shutil.rmtree(partial / "zig")
     return facts
 
