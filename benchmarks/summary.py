@@ -1,4 +1,6 @@
-"""The table of all committed results: writes ``benchmarks/README.md`` from ``benchmarks/results/*.json``.
+"""What the committed results say: writes ``benchmarks/README.md`` and the tables of the project's README from ``results/*.json``.
+
+A table of a README stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` and is what ``readme_table`` of ``NAME.py`` makes of its result.
 
 python benchmarks/summary.py [--check]
 """
@@ -7,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
+import re
 from pathlib import Path
 
 from laboratory import RESULTS
 
 README = Path(__file__).with_name("README.md")
+PROJECT = Path(__file__).parent.parent / "README.md"
+_TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _HEAD = """# Benchmarks
 
 One script for each claim; `python benchmarks/NAME.py` measures, prints a table and writes `results/NAME.json` (figures, raw samples,
@@ -41,14 +47,26 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def with_tables(page: str) -> str:
+    """Return a page whose tables are made anew from the results."""
+
+    def table(found: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{found[2]}.json").read_text(encoding="utf-8"))
+        return f"{found[1]}{importlib.import_module(found[2]).readme_table(result)}\n{found[3]}"
+
+    return _TABLE.sub(table, page)
+
+
 def main() -> None:
-    """Write the page, or say that it is out of date."""
+    """Write the pages, or say that one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit 1 if the page is not what the results say")
-    if not parser.parse_args().check:
-        README.write_text(render(), encoding="utf-8")
-    elif not README.exists() or README.read_text(encoding="utf-8") != render():
-        parser.exit(1, "benchmarks/README.md is out of date; run python benchmarks/summary.py.\n")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not what the results say")
+    check = parser.parse_args().check
+    for path, content in ((README, render()), (PROJECT, with_tables(PROJECT.read_text(encoding="utf-8")))):
+        if not check:
+            path.write_text(content, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != content:
+            parser.exit(1, f"{path.parent.name}/{path.name} is out of date; run python benchmarks/summary.py.\n")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cdcda_export.artifact import Artifact
-from cdcda_export.card_values import duration, percent, size
+from cdcda_export.card_values import duration, size
 from cdcda_export.errors import ConfigError
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import CROWDED, PROTOCOLS, Bench, Measured, Tests, bench, fit_of, predicted
+from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Measured, Tests, bench, fit_of, predicted
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
 from cdcda_mobile.phone.predict import Prediction, Speed
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     prediction = predicted(phone, artifact, arguments.protocol) if phone else None
     weights = sum(path.stat().st_size for path in artifact.files.values())
     fit = fit_of(phone, GgufFile(artifact.files["model"]), weights, arguments.context) if phone and artifact.format != "onnx" else None
-    content |= {"predicted": _prediction_json(prediction), "fit": vars(fit) if fit else None}
+    content |= {"class": phone.key if phone else None, "predicted": _prediction_json(prediction), "fit": vars(fit) if fit else None}
     out = directory.parent / "bench" / f"{directory.name}-{where}-{arguments.protocol}.json"
     write_json(out, content)
     if arguments.json:
@@ -141,10 +141,8 @@ def _device_lines(found: OnDevice) -> list[str]:
     lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol]), f"  peak memory     {size(found.measured.peak_rss)}"]
     if before.temperature is not None and after.temperature is not None:
         lines.append(f"  battery         {before.temperature:.1f} °C before, {after.temperature:.1f} °C after; {after.battery} % left")
-    if not found.pinned:
-        lines.append("  NOT TO BE USED: the phone did not let the threads stay on these cores.")
-    if before.throttling or after.throttling:
-        lines.append("  NOT TO BE USED: the phone slows itself down because it is hot; let it cool and run it again.")
+    if found.unusable:
+        lines.append(f"  NOT TO BE USED: {found.unusable}.")
     elif after.charging and found.measured.sustained:
         lines.append("  charging: a phone on a charger is warmer than one in a hand")
     return lines
@@ -162,11 +160,8 @@ def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
         return [head, _OUT_OF_MEMORY]
     lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol])]
     lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python's 40 MB included")
-    crowded = found.measured.crowded or 0.0
-    if crowded > CROWDED:
-        lines.append(
-            f"  NOT TO BE USED: other processes had its cores for {percent(crowded)} of the time; run it again on a quiet machine."
-        )
+    if found.unusable:
+        lines.append(f"  NOT TO BE USED: {found.unusable}.")
     return lines
 
 

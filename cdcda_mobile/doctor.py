@@ -30,6 +30,8 @@ _PARTS = {
     "pyarrow": ("pyarrow", "data", "histories in Parquet files"),
     "ray": ("ray", "fleet", "fleets"),
     "fsspec": ("fsspec", "fleet", "uploads"),
+    "adbutils": ("adbutils", "phone", "phones on a cable"),
+    "ziglang": ("ziglang", "phone", "compiling the engine of phones"),
     "spacy": ("spacy", "privacy", "names in --redact beyond the plain rules"),
 }
 
@@ -60,8 +62,7 @@ def examine(workspace: Path) -> list[Finding]:
     findings.append(
         Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model")
     )
-    findings.append(_local_server())
-    return findings
+    return [*findings, _local_server(), _phone_engine(), _qemu()]
 
 
 def _local_server() -> Finding:
@@ -74,6 +75,27 @@ def _local_server() -> Finding:
     if found:
         return Finding(True, "local teacher", f"llama.cpp's server, several requests at once: {found}")
     return Finding(True, "local teacher", f"llama-cpp-python's server, one request at a time; `{BUILD_COMMAND}` makes it faster")
+
+
+def _phone_engine() -> Finding:
+    from cdcda_engine.build import BUILD_COMMAND, engine
+
+    try:
+        found = engine()
+    except CdcdaError as error:
+        return Finding(False, "phone engine", str(error))
+    return Finding(
+        True, "phone engine", str(found) if found else f"not built; `{BUILD_COMMAND}` or the first `cdcda bench --device` does it"
+    )
+
+
+def _qemu() -> Finding:
+    from cdcda_mobile.phone.emulated import qemu
+
+    try:
+        return Finding(True, "QEMU", f"{qemu()}, for cdcda bench --arm")
+    except CdcdaError as error:
+        return Finding(False, "QEMU", str(error))
 
 
 def _memory() -> Finding:

@@ -19,7 +19,7 @@ USUAL = ("galaxy-a16", "pixel-7a", "galaxy-s23", "poco-f8-ultra")
 
 _HEAD = (
     *("PHONE", "ARTIFACT", "USERS", "SIZE", "MEMORY", "DECODE tok/s", "PREFILL tok/s", "FIRST TOKEN"),
-    *("HOST tok/s", "KL", "GAIN KEPT", "TASKS"),
+    *("HOST tok/s", "DEVICE tok/s", "KL", "GAIN KEPT", "TASKS"),
 )
 
 
@@ -75,21 +75,7 @@ def _range(speed: Speed | None) -> str:
 
 
 def _lines(found: Sequence[Row]) -> str:
-    head = (
-        "PHONE",
-        "ARTIFACT",
-        "USERS",
-        "SIZE",
-        "MEMORY",
-        "DECODE tok/s",
-        "PREFILL tok/s",
-        "FIRST TOKEN",
-        "HOST tok/s",
-        "KL",
-        "GAIN KEPT",
-        "TASKS",
-    )
-    cells = [head]
+    cells = [_HEAD]
     for row in found:
         q = row.quality
         cells.append(
@@ -103,6 +89,7 @@ def _lines(found: Sequence[Row]) -> str:
                 _range(row.prefill) if row.format == "gguf" else "not calibrated",
                 duration(row.first_token) if row.first_token else "unknown",
                 f"{row.host:.1f}" if row.host else "-",
+                f"{row.device:.1f}" if row.device else "-",
                 f"{q.kl:.4f}" if q.kl is not None else "-",
                 f"{q.kept:.0%}" if q.kept is not None else "-",
                 ", ".join(f"{name} {value:.3f}" for name, value in q.metrics.items()) or "-",

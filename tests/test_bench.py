@@ -129,6 +129,7 @@ def test_a_model_is_measured_in_its_runtime(protocol: str, llama_base: Path) -> 
     assert len(got.prefill) == len(got.decode) == 2 and min(*got.prefill, *got.decode) > 0
     assert len(found.raw["decode"][0]) == tests.answer and got.first_token == pytest.approx(tests.prompt / got.prefill[0], rel=5)
     assert got.peak_rss > llama_base.stat().st_size and 0 <= got.crowded <= 1
+    assert len(found.raw["resident"]) == len(got.decode) and max(found.raw["resident"]) <= got.peak_rss
     assert steps == ["load", "repeat", "repeat"]
     told = json.loads(json.dumps(found.as_json()))
     assert told["host"]["cores"] >= 1 and told["versions"]["python"] and told["measured"]["decode"] == got.decode

@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 import pytest
 
 from laboratory import RESULTS
-from summary import README, render
+from summary import PROJECT, README, render, with_tables
 
 
-def test_the_page_of_results_is_up_to_date() -> None:
+def test_the_pages_of_results_are_up_to_date() -> None:
     assert README.read_text(encoding="utf-8") == render(), "run python benchmarks/summary.py"
+    page = PROJECT.read_text(encoding="utf-8")
+    assert page == with_tables(page), "run python benchmarks/summary.py"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

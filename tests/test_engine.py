@@ -107,9 +107,11 @@ def test_the_allowed_system_calls_are_those_of_all_releases(shared_data: Path) -
         assert table[arch] == sorted(r["syscall"] for r in rows if r[f"{arch}_apis"].split() == [str(api) for api in table["apis"]])
 
 
-def test_loading_and_answering_makes_no_system_call_that_kills_an_app(phone_engine: Path, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", CPUS)
+def test_loading_and_answering_makes_no_system_call_that_kills_an_app(variant: str, phone_engine: Path, tiny: Path, tmp_path: Path) -> None:
     log = tmp_path / "strace"
-    command = ["sh", "-c", f'exec "$0" "$@" 2> {log}', str(qemu()), "-strace", "-cpu", "max", str(phone_engine / "arm64-i8mm" / SERVER)]
+    traced = [str(qemu()), "-strace", "-cpu", CPUS[variant], str(phone_engine / variant / SERVER)]
+    command = ["sh", "-c", f'exec "$0" "$@" 2> {log}', *traced]
     with served([*command, "-m", str(tiny / "model.gguf"), "-c", "256", "-t", "2", "--parallel", "1"], tmp_path / "socket") as ask:
         assert ask({"prompt": [20, 21, 22], "n_predict": 4, "temperature": 0.0, "return_tokens": True})["tokens"]
     said = log.read_text(errors="replace")

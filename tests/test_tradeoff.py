@@ -23,7 +23,7 @@ Capture = pytest.CaptureFixture[str]
 def row(quant: str, speed: float | None, kl: float | None, kept: float | None = None, verdict: str = "fits", kind: str = "gguf") -> Row:
     decode = Speed(speed, 0.9 * speed, 1.1 * speed) if speed else None
     fit = Fit(verdict, 10, 100)
-    return Row(f"{kind}-{quant}", kind, quant, 1, 10.0, Quality(kl, kept, {}), "galaxy-s23", decode, decode, 0.1, fit, None)
+    return Row(f"{kind}-{quant}", kind, quant, 1, 10.0, Quality(kl, kept, {}), "galaxy-s23", decode, decode, 0.1, fit, None, None)
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -79,19 +79,28 @@ def runs(llama_base: Path, llama_adapter: Path, tmp_path_factory: pytest.TempPat
 
 def test_the_table_of_a_user_and_of_a_workspace(runs: Path, capsys: Capture) -> None:
     user = next((runs / "_adapters").iterdir())
-    measured = {"measured": {"decode": [30.0, 10.0, 20.0]}}
+
+    def measured(name: str, decode: list[float], phone: str = "galaxy-s23", unusable: str = "") -> None:
+        content = {"class": phone, "unusable": unusable, "measured": {"decode": decode}}
+        (user / "bench" / name).write_text(json.dumps(content))
+
     (user / "bench").mkdir(exist_ok=True)
-    (user / "bench" / "gguf-q8_0-galaxy-s23-llama-bench.json").write_text(json.dumps(measured))
-    (user / "bench" / "gguf-q8_0-galaxy-s23-pocketpal.json").write_text(json.dumps({"measured": {"decode": [99.0]}}))
+    measured("gguf-q8_0-galaxy-s23-llama-bench.json", [30.0, 10.0, 20.0])
+    measured("gguf-q8_0-galaxy-s23-pocketpal.json", [99.0])
+    measured("gguf-q8_0-galaxy-a16-llama-bench.json", [98.0], "galaxy-a16", "other processes had its cores")
+    measured("gguf-q8_0-device-SM-A166B-llama-bench.json", [8.0], "galaxy-a16")
     (user / "bench" / "gguf-f16-galaxy-s23-llama-bench.json").write_text("{")
+    (user / "bench" / "gguf-f16-device-SM-A166B-llama-bench.json").write_text("[]")
     assert main(["bench", str(user), "--table", "--phone", "galaxy-s23,galaxy-a16"]) == 0
     out = capsys.readouterr().out
-    assert len([line for line in out.splitlines() if " gguf-" in line]) == 4 and " 20.0 " in out and "fits" in out
+    assert len([line for line in out.splitlines() if " gguf-" in line]) == 4 and " 20.0 " in out and " 8.0 " in out and "fits" in out
     rows = json.loads((user / "bench" / "tradeoff.json").read_text())["rows"]
     assert {(one["phone"], one["name"]) for one in rows} == {
         (p, f"gguf-{q}") for p in ("galaxy-s23", "galaxy-a16") for q in ("q8_0", "f16")
     }
     assert all(one["quality"]["kl"] is not None and one["decode"]["low"] < one["decode"]["high"] for one in rows if one["decode"])
+    known = {(one["phone"], one["quant"]): (one["host"], one["device"]) for one in rows if one["host"] or one["device"]}
+    assert known == {("galaxy-s23", "q8_0"): (20.0, None), ("galaxy-a16", "q8_0"): (None, 8.0)}
     assert ElementTree.parse(user / "bench" / "tradeoff.svg").getroot() is not None
     assert main(["bench", str(runs / "_adapters"), "--table", "--phone", "galaxy-s23", "--json"]) == 0
     assert [one["users"] for one in json.loads(capsys.readouterr().out)] == [1, 1]

@@ -17,6 +17,7 @@ from typing import Any
 
 from cdcda_export.artifact import Artifact
 from cdcda_export.bundle import memory_needed
+from cdcda_export.card_values import percent
 from cdcda_export.errors import ConfigError, ExportError, VerificationFailed, did_you_mean
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import versions
@@ -27,7 +28,7 @@ from cdcda_mobile.phone.predict import Prediction, predict, work_of
 
 _MARGIN = 0.9  # of the budget: above it a model is tight
 _NINETY = 0.9
-CROWDED = 0.05  # of the time without a core: threads that wait for each other then stand still together
+_CROWDED = 0.05  # of the time without a core: threads that wait for each other then stand still together
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,18 @@ class Bench:
     measured: Measured | None
     raw: dict[str, Any]
 
+    @property
+    def unusable(self) -> str:
+        """Why its speeds say nothing; '' where they do."""
+        crowded = (self.measured.crowded or 0.0) if self.measured else 0.0
+        if crowded <= _CROWDED:
+            return ""
+        return f"other processes had its cores for {percent(crowded)} of the time; run it again on a quiet machine"
+
     def as_json(self) -> dict[str, Any]:
         """Return everything, with the machine and the versions."""
         host = {"machine": platform.machine(), "processor": _processor(), "cores": len(choose_cores(10**6))}
-        return {**asdict(self), "artifact": str(self.artifact), "host": host, "versions": versions()}
+        return {**asdict(self), "artifact": str(self.artifact), "unusable": self.unusable, "host": host, "versions": versions()}
 
 
 def bench(

@@ -59,6 +59,7 @@ class Timings:
         load: until the model can be asked.
         prefill: of the whole prompt, one for each repeat; also the time to the first token.
         decode: of every answered token, by repeat.
+        resident: bytes in memory after each repeat: a leak would show.
         windows: ``tokens`` and ``seconds`` of sustained decode, about ten seconds each.
         peak_rss: bytes.
         swapped: bytes.
@@ -69,6 +70,7 @@ class Timings:
     load: float = 0.0
     prefill: list[float] = field(default_factory=list)
     decode: list[list[float]] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
     windows: list[dict[str, float]] = field(default_factory=list)
     peak_rss: int = 0
     swapped: int = 0
@@ -227,6 +229,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Timings:
         if not plan.chained:
             engine.clear()
         found.decode.append([timed(opening(1) if step == 0 and not plan.chained else tokens(1)) for step in range(plan.answer)])
+        found.resident.append(_status("VmRSS"))
         say("repeat")
     _sustain(plan, engine, found, timed, tokens, say)
     found.peak_rss, found.swapped = _status("VmHWM"), _status("VmSwap")

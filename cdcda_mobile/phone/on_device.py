@@ -56,9 +56,17 @@ class OnDevice:
     after: State
     raw: list[dict[str, Any]]
 
+    @property
+    def unusable(self) -> str:
+        """Why its speeds say nothing; '' where they do."""
+        if not self.pinned:
+            return "the phone did not let the threads stay on these cores"
+        hot = self.before.throttling or self.after.throttling
+        return "the phone slows itself down because it is hot; let it cool and run it again" if hot else ""
+
     def as_json(self) -> dict[str, Any]:
         """Return everything, with the versions."""
-        return {**asdict(self), "artifact": str(self.artifact), "versions": versions()}
+        return {**asdict(self), "artifact": str(self.artifact), "unusable": self.unusable, "versions": versions()}
 
 
 @dataclass(frozen=True)

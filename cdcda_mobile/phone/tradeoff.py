@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from cdcda_export.artifact import Artifact
@@ -61,7 +61,9 @@ class Row:
         prefill: the same.
         first_token: predicted seconds from a prompt of ``PROMPT`` tokens to the first one.
         fit: memory and verdict; None for ONNX.
-        host: median decode that ``cdcda bench`` measured here since it was exported, tokens a second; None where it did not.
+        host: decode that ``cdcda bench --phone`` measured here since it was exported, tokens a second; a mean over users of
+            the median over repeats; None where it did not.
+        device: the same on a real phone, which was said to be this one (``--device --phone``).
         front: no other row of this phone is both faster and closer to the float32 model.
     """
 
@@ -77,6 +79,7 @@ class Row:
     first_token: float | None
     fit: Fit | None
     host: float | None
+    device: float | None
     front: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -131,22 +134,21 @@ def _row(phone: Phone, name: str, members: Sequence[tuple[Path, Artifact]], cont
             decode, prefill = prediction.decode, prediction.prefill
         if decode and prefill:
             first = PROMPT / prefill.expected + 1 / decode.expected
-    cards = [_card(directory) for directory, _ in members]
-    measured = [speed for directory, _ in members for speed in _measured(directory, phone)]
-    host = fmean(measured) if measured else None
+    directories = [directory for directory, _ in members]
     return Row(
         name,
         first_of_all.format,
         first_of_all.quant,
         len(members),
         fmean(sizes),
-        _quality(cards),
+        _quality([_card(directory) for directory in directories]),
         phone.key,
         decode,
         prefill,
         first,
         fit,
-        host,
+        _measured(directories, phone, phone.key),
+        _measured(directories, phone, "device-*"),
     )
 
 
@@ -175,18 +177,33 @@ def _quality(cards: Sequence[dict[str, Any]]) -> Quality:
     )
 
 
-def _measured(directory: Path, phone: Phone) -> Iterator[float]:
-    """Give the decode speed that ``cdcda bench`` measured on this machine for an artifact as it is, within this phone's limits."""
-    for path in (directory.parent / "bench").glob(f"{directory.name}-{phone.key}-{PROTOCOL}.json"):
-        try:
-            if path.stat().st_mtime < (directory / MANIFEST).stat().st_mtime:
-                continue
-            content = json.loads(path.read_text(encoding="utf-8"))
-            speeds = sorted(float(speed) for speed in content["measured"]["decode"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if speeds:
-            yield speeds[len(speeds) // 2]
+def _measured(directories: Sequence[Path], phone: Phone, where: str) -> float | None:
+    """Return the decode that ``cdcda bench`` measured for artifacts as they are, tokens a second; None for no run that is to be used.
+
+    Args:
+        directories: of the artifacts.
+        phone: that was named.
+        where: the part of the result's name that says where it ran; ``*`` for anything.
+    """
+    found = [
+        median(speeds)
+        for directory in directories
+        for path in (directory.parent / "bench").glob(f"{directory.name}-{where}-{PROTOCOL}.json")
+        if path.stat().st_mtime >= (directory / MANIFEST).stat().st_mtime and (speeds := _decode(path, phone))
+    ]
+    return fmean(found) if found else None
+
+
+def _decode(path: Path, phone: Phone) -> list[float]:
+    """Return the repeats of a result's decode; none where it is another phone's, is not to be used, or cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(content, dict) or content.get("class") != phone.key or content.get("unusable") != "":
+        return []
+    speeds = part(content, "measured").get("decode")
+    return [value for value in map(finite, speeds) if value is not None] if isinstance(speeds, list) else []
 
 
 def _with_front(found: Sequence[Row]) -> list[Row]:
