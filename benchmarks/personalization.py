@@ -35,14 +35,14 @@ from personal_users import SOURCES, curve_people, people
 from plot import Panel, svg
 
 HERE = Path(__file__).resolve().parent
-FIGURES = {  # figure: the arms whose difference it is
-    "cdcda_minus_real_nll": ("cdcda", "personal"),
-    "cdcda_minus_other_user_nll": ("cdcda", "cdcda-other"),
-    "selection_gain_nll": ("cdcda", "cdcda-unselected"),
-    "shared_cdcda_minus_shared_nll": ("shared+cdcda", "shared"),
-    "cdcda_minus_bm25_nll": ("cdcda", "bm25"),
-    "cdcda_minus_base_nll": ("cdcda", "base"),
-    "cdcda_minus_rule_nll": ("cdcda", "rule"),  # a rule has no likelihood: the metric alone
+FIGURES = {  # figure: the arms whose difference it is, and what the second is called
+    "cdcda_minus_real_nll": ("cdcda", "personal", "real records only"),
+    "cdcda_minus_other_user_nll": ("cdcda", "cdcda-other", "with another user's synthetic records"),
+    "selection_gain_nll": ("cdcda", "cdcda-unselected", "with unselected synthetic records"),
+    "shared_cdcda_minus_shared_nll": ("shared+cdcda", "shared", "a shared adapter, CDCDA on top of it"),
+    "cdcda_minus_bm25_nll": ("cdcda", "bm25", "retrieval (BM25)"),
+    "cdcda_minus_rule_nll": ("cdcda", "rule", "a rule"),  # which has no likelihood: the metric alone
+    "cdcda_minus_base_nll": ("cdcda", "base", "the base"),
 }
 PRECISIONS = ("f16", "q4_0")
 MAIN_METRICS = ("ROUGE-L", "accuracy")
@@ -55,11 +55,11 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
     """Return figures, data, Markdown and the plot of finished cells."""
     metrics = [NLL, *dict.fromkeys(name for cell in cells for name in cell.metrics)]
     there = {cell.place for cell in cells}
-    pairs = [(Arm(a, kind), Arm(b, "none" if ARMS[b].rule else kind)) for a, b in FIGURES.values() for kind in PRECISIONS]
+    pairs = [(Arm(a, kind), Arm(b, "none" if ARMS[b].rule else kind)) for a, b, _ in FIGURES.values() for kind in PRECISIONS]
     compared = compare_arms(cells, [pair for pair in pairs if set(pair) <= there], metrics)
     rows = arm_rows(cells, metrics)
     figures: dict[str, float] = {}
-    for name, (a, b) in FIGURES.items():
+    for name, (a, b, _) in FIGURES.items():
         for one in compared:
             if (one.a, one.b.name) != (Arm(a, "f16"), b) or one.metric not in (NLL, *MAIN_METRICS):
                 continue
@@ -71,6 +71,26 @@ def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str
         "comparisons": [[c.task, str(c.a), str(c.b), c.metric, *astuple(c.difference)] for c in compared],
     }
     return figures, data, f"{arms_markdown(rows)}\n{comparisons_markdown(compared)}", forest_svg(compared)
+
+
+def readme_table(result: Mapping[str, Any]) -> str:
+    """Return the table that README.md shows: what CDCDA gains over each arm, with intervals, on every task."""
+    figures = result["figures"]
+    kinds = {"nll": "NLL", "metric": "metric"}
+    lines = [["CDCDA against", *(f"{task}, {kind}" for task in SOURCES for kind in kinds.values())], ["---"] * (1 + 2 * len(SOURCES))]
+    for name, (_, _, told) in FIGURES.items():
+        places = [f"{task}_{name.removesuffix('nll')}{kind}" for task in SOURCES for kind in kinds]
+        lines.append([told, *(_interval(figures, place) for place in places)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _interval(figures: Mapping[str, float], place: str) -> str:
+    """Return a difference and its interval; bold where it leaves out zero, '' where there is none."""
+    if place not in figures:
+        return ""
+    middle, low, high = (figures[place + end] for end in ("", "_low", "_high"))
+    mark = "**" if low > 0 or high < 0 else ""
+    return f"{mark}{middle:+.3f}{mark} [{low:+.3f}, {high:+.3f}]"
 
 
 def finished_cells(folder: Path, users: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> tuple[list[Cell], list[Machine]]:
