@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 EXTRAS ?= train
 # Further words for pytest, for example TEST_ARGS='-k gguf -x'.
 TEST_ARGS ?=
+# How many tests run at once; each has cores of its own (tests/conftest.py).
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test install lint format constraints wheel clean
@@ -24,7 +26,8 @@ demo: ## set up .venv and build the phone model of sample user 42 (USER_ID=7 DEM
 test: ## set up what the tests need, then lint, type-check and run every test with coverage
 	@$(SETUP) --extras all --tests
 	@$(MAKE) --no-print-directory lint
-	PYTHONPATH=tests $(PYTHON_IN_VENV) -m pytest -p strict_skips -rs --durations=15 --cov --cov-report=term $(TEST_ARGS)
+	PYTHONPATH=tests $(PYTHON_IN_VENV) -m pytest -p strict_skips -rs --durations=15 --cov --cov-report=term \
+		-n $(TEST_PROCESSES) --dist loadscope $(TEST_ARGS)
 
 install: ## set up .venv and stop there (EXTRAS=all for everything)
 	@$(SETUP) --extras "$(EXTRAS)"

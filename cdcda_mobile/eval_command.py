@@ -192,18 +192,23 @@ def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, o
     Raises:
         ConfigError: there are none.
     """
+    from cdcda_mobile.evaluation.arms import get_arm
     from cdcda_mobile.evaluation.predictions import write_predictions
 
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    asked: dict[str, set[str]] = {}
-    for person, arm, precision in itertools.product(experiment.people, arms, experiment.settings.precisions):
-        for record, answer in zip(person.test, experiment.answers(person, arm, seed, precision), strict=False):
-            lamp = get_task(record.task).lamp
-            if lamp and record.id.startswith("q"):  # a question of the benchmark's, see sources/lamp.py
-                found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
-                asked.setdefault(lamp.name, set()).add(record.id[1:])
-    if not found:
+    asked: dict[str, list[str]] = {}
+    for record in (record for person in experiment.people for record in person.test):
+        lamp = get_task(record.task).lamp
+        if lamp and record.id.startswith("q"):  # a question of the benchmark's, see sources/lamp.py
+            asked.setdefault(lamp.name, []).append(record.id[1:])
+    if not asked:
         raise ConfigError("--predictions needs LaMP files: none of these test records is a question of the benchmark's.")
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    models = [arm for arm in arms if not get_arm(arm).rule]
+    for person, arm, precision in itertools.product(experiment.people, models, experiment.settings.precisions):
+        for record, answer in zip(person.test, experiment.answers(person, arm, seed, precision), strict=True):
+            lamp = get_task(record.task).lamp
+            if lamp and record.id.startswith("q"):
+                found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
     for (task, name), given in found.items():
         (out / task).mkdir(parents=True, exist_ok=True)
         write_predictions(out / task / f"{name}.json", task, given, asked[task])

@@ -12,6 +12,12 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Where tests run several at once (pytest-xdist), each worker and all that it starts has cores of its own: threads that wait for each
+# other are many times slower as soon as somebody else has one of their cores.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _cores)
+
 from cdcda_export.base import default_base
 from tiny import make_adapter, make_gguf
 

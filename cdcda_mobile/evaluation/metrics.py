@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cdcda_export.errors import DataError, MissingDependency
@@ -24,15 +24,12 @@ class Score:
         value: its value over all records.
         more: the other metrics.
         lower_is_better: the main metric is an error.
-        per_record: metric -> its value for each record, in order; the main metric is the mean of its values. A metric that only a set
-            of records has (macro-F1, RMSE) is not here.
     """
 
     metric: str
     value: float
     more: dict[str, float]
     lower_is_better: bool = False
-    per_record: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def score(task: Task, answers: Sequence[str], golds: Sequence[str]) -> Score:
@@ -68,17 +65,17 @@ def rouge_scorer() -> Any:
 def _rouge(_: Task, answers: list[str], golds: list[str]) -> Score:
     scorer = rouge_scorer()
     scores = [scorer.score(gold, answer) for answer, gold in zip(answers, golds, strict=True)]
-    one, longest = (tuple(float(s[kind].fmeasure) for s in scores) for kind in ("rouge1", "rougeL"))
-    return Score("ROUGE-L", _mean(longest), {"ROUGE-1": _mean(one)}, per_record={"ROUGE-L": longest, "ROUGE-1": one})
+    one, longest = (_mean([float(s[kind].fmeasure) for s in scores]) for kind in ("rouge1", "rougeL"))
+    return Score("ROUGE-L", longest, {"ROUGE-1": one})
 
 
-def _exact(answers: list[str], golds: list[str]) -> tuple[float, ...]:
-    return tuple(float(answer == gold) for answer, gold in zip(answers, golds, strict=True))
+def _exact(answers: list[str], golds: list[str]) -> float:
+    """Return the share of answers that are the gold."""
+    return _mean([answer == gold for answer, gold in zip(answers, golds, strict=True)])
 
 
 def _accuracy(task: Task, answers: list[str], golds: list[str]) -> Score:
-    right = _exact(answers, golds)
-    return Score("accuracy", _mean(right), {"macro-F1": macro_f1(task.labels, answers, golds)}, per_record={"accuracy": right})
+    return Score("accuracy", _exact(answers, golds), {"macro-F1": macro_f1(task.labels, answers, golds)})
 
 
 def macro_f1(labels: Sequence[str], answers: Sequence[str], golds: Sequence[str]) -> float:
@@ -103,8 +100,7 @@ def parse_rating(answer: str, gold: float) -> float:
 
 
 def _ratings(_: Task, answers: list[str], golds: list[str]) -> Score:
-    errors = tuple(abs(parse_rating(a, float(g)) - float(g)) for a, g in zip(answers, golds, strict=True))
-    right = _exact(answers, golds)
+    errors = [abs(parse_rating(a, float(g)) - float(g)) for a, g in zip(answers, golds, strict=True)]
     rmse = math.sqrt(_mean([error * error for error in errors]))
-    more = {"RMSE": rmse, "accuracy": _mean(right)}
-    return Score("MAE", _mean(errors), more, lower_is_better=True, per_record={"MAE": errors, "accuracy": right})
+    more = {"RMSE": rmse, "accuracy": _exact(answers, golds)}
+    return Score("MAE", _mean(errors), more, lower_is_better=True)

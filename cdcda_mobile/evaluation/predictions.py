@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cdcda_export.errors import DataError, FileError
+from cdcda_export.errors import DataError
 from cdcda_export.manifest import write_json
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The answers to one of LaMP's tasks: id of the question -> answer, in the order of the file."""
-
-    task: str
-    answers: dict[str, str]
 
 
 def write_predictions(path: Path, task: str, answers: Mapping[str, str], ids: Collection[str]) -> None:
@@ -37,32 +25,6 @@ def write_predictions(path: Path, task: str, answers: Mapping[str, str], ids: Co
         raise DataError("This task is none of LaMP's, so its answers cannot be written as LaMP predictions.")
     check_ids(answers, ids)
     write_json(path, {"task": task, "golds": [{"id": name, "output": answers[name]} for name in ids]})
-
-
-def read_predictions(path: Path) -> Predictions:
-    """Read predictions, or the outputs of a split, which have the same form.
-
-    Raises:
-        FileError: the file is missing, truncated, or of another form.
-        DataError: an id stands twice.
-    """
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise FileError(f"{path} is truncated or no JSON; write it again.") from error
-    rows = value.get("golds") if isinstance(value, dict) else None
-    if not isinstance(rows, list) or not isinstance(value.get("task"), str) or not all(map(_is_row, rows)):
-        raise FileError(f'{path} is not in LaMP\'s format, {{"task": "LaMP_3", "golds": [{{"id": "1", "output": "5"}}]}}.')
-    twice = [name for name, count in Counter(str(row["id"]) for row in rows).items() if count > 1]
-    if twice:
-        raise DataError(f"The id {twice[0]!r} stands twice in {path}; every question is answered once.")
-    return Predictions(value["task"], {str(row["id"]): row["output"] for row in rows})
-
-
-def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("id"), (str, int)) and isinstance(row.get("output"), str)
 
 
 def check_ids(found: Collection[str], wanted: Collection[str]) -> None:

@@ -10,13 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
 from cdcda_export.errors import ConfigError, DataError
-
-Method = Literal["bca", "percentile"]
 
 _EXACT_USERS = 16  # 65,536 sign patterns
 _AT_A_TIME = 4096  # resamples held in memory
@@ -91,7 +88,6 @@ def compare(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = 10_000,
-    method: Method = "bca",
 ) -> Difference:
     """Return the mean over users of A minus B with its interval and p-value.
 
@@ -101,7 +97,6 @@ def compare(
         seed: of the bootstrap and of the drawn sign patterns.
         level: of the interval.
         resamples: of the bootstrap, and sign patterns drawn where there are too many users to try all.
-        method: of the interval.
 
     Raises:
         DataError: the arms do not hold the same users, or a user has no finite value.
@@ -110,7 +105,7 @@ def compare(
         raise DataError(f"User {min(a.keys() ^ b.keys())} was measured in one arm only; comparisons are of the same users in both.")
     first, second = user_means(a), user_means(b)
     differences = _array([first[user] - second[user] for user in sorted(first)])
-    low, high = bootstrap_interval(differences, seed, level, resamples, method)
+    low, high = bootstrap_interval(differences, seed, level, resamples)
     p = sign_flip_p(differences, seed, resamples)
     return Difference(float(differences.mean()), low, high, p, len(differences), _effect(differences))
 
@@ -127,16 +122,15 @@ def _effect(differences: np.ndarray) -> float | None:
 
 
 def bootstrap_interval(
-    values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: int = 10_000, method: Method = "bca"
+    values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: int = 10_000
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return the bootstrap interval of a mean, (None, None) for fewer than two values.
+    """Return the BCa bootstrap interval of a mean, (None, None) for fewer than two values.
 
     Args:
         values: one per user.
         seed: of the resampling.
         level: between 0 and 1.
         resamples: how many.
-        method: ``percentile``, or ``bca``, which corrects its bias and skewness.
 
     Raises:
         ConfigError: the level is not between 0 and 1.
@@ -149,10 +143,7 @@ def bootstrap_interval(
     chance = np.random.default_rng(seed)
     sizes = [min(_AT_A_TIME, resamples - at) for at in range(0, resamples, _AT_A_TIME)]
     means = np.concatenate([values[chance.integers(0, n, (size, n))].mean(axis=1) for size in sizes])
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    if method == "bca":
-        tails = _bca(values, means, tails)
-    low, high = np.quantile(means, tails)
+    low, high = np.quantile(means, _bca(values, means, [(1 - level) / 2, (1 + level) / 2]))
     return float(low), float(high)
 
 
