@@ -8,8 +8,8 @@ Every measurement is a small JSON in results/personalization/TASK/USER/ARM-SEED.
 time; ``report`` makes tables of them and refuses what is incomplete or was measured in two ways. The teacher's answers and the adapters
 lie in --work and hold people's words: they are never committed.
 
-    CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME | --curve] [--development]
-    CDCDA_DATA=... python benchmarks/personalization.py arms [--task NAME | --curve] [--development] [--arms A,B] [--part I/N]
+    CDCDA_DATA=... python benchmarks/personalization.py pools --teacher MODEL.gguf [--task NAME | --curve | --attempt NAME]
+    CDCDA_DATA=... python benchmarks/personalization.py arms [--task NAME | --curve | --attempt NAME] [--arms A,B] [--part I/N]
     CDCDA_DATA=... python benchmarks/personalization.py report [--task NAME] [--seeds N]
 """
 
@@ -24,12 +24,12 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cdcda_export.manifest import write_atomic, write_json
+from cdcda_export.manifest import sha256_json, write_atomic, write_json
 from cdcda_export.progress import Plain
 from cdcda_mobile.evaluation.arms import ARMS
 from cdcda_mobile.evaluation.forest import forest_svg
 from cdcda_mobile.evaluation.report import NLL, Arm, Cell, arm_rows, arms_markdown, cells_of, compare_arms, comparisons_markdown
-from laboratory import RESULTS, write_results
+from laboratory import RESULTS, print_table, write_results
 from personal_laboratory import Laboratory
 from personal_users import SOURCES, curve_people, people
 from plot import Panel, svg
@@ -49,6 +49,7 @@ MAIN_METRICS = ("ROUGE-L", "accuracy")
 Machine = dict[str, Any]
 TEACHER = "personalization_teacher"  # how its answers agree with what the inputs' own authors wrote
 CURVE, CURVE_ARMS = "personalization_curve", ("personal", "cdcda")
+ATTEMPTS = "personalization_attempts"
 
 
 def tables(cells: Sequence[Cell]) -> tuple[dict[str, float], dict[str, Any], str, str]:
@@ -121,6 +122,19 @@ def finished_cells(folder: Path, users: Sequence[str], arms: Sequence[str], seed
     return [cell for row in rows for cell in cells_of(row["cells"])], [json.loads(text) for text in sorted(machines)]
 
 
+def attempts_table(settings: Mapping[str, Any]) -> list[list[Any]]:
+    """Return task, attempt, arm, metric, mean over the development users, and how many they are, of what was tried."""
+    rows: list[list[Any]] = []
+    for name, tasks in settings["attempts"].items():
+        for task in tasks:
+            paths = sorted((RESULTS / ATTEMPTS / name / task).rglob("*.json"))
+            cells = [cell for path in paths for cell in cells_of(json.loads(path.read_text(encoding="utf-8"))["cells"])]
+            metrics = [NLL, *(metric for metric in MAIN_METRICS if any(metric in cell.metrics for cell in cells))]
+            found = arm_rows([cell for cell in cells if cell.precision == PRECISIONS[0]], metrics)
+            rows += [[task, name, row.arm.name, row.metric, row.estimate.mean, row.estimate.n] for row in found]
+    return rows
+
+
 def curve_svg(cells: Mapping[int, Sequence[Cell]]) -> str:
     """Return the learning curve: mean NLL over the number of real records."""
     means = {real: {row.arm.name: row.estimate.mean for row in arm_rows(found, [NLL])} for real, found in cells.items()}
@@ -148,7 +162,9 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int], tasks: Se
         agreed = json.loads(path.read_text(encoding="utf-8"))
         figures |= {f"{path.stem}_{name}_agreement": value for name, value in agreed.items()}
     write_atomic(RESULTS / "personalization.svg", plot, mode=0o644)
-    raw = {"settings": settings, "seeds": list(seeds), "measured_on": machines, **data_of_tables}
+    attempts = attempts_table(settings)
+    print_table(["task", "attempt", "arm", "metric", "mean", "development users"], attempts)
+    raw = {"settings": settings, "seeds": list(seeds), "measured_on": machines, **data_of_tables, "attempts": attempts}
     curve = settings["curve"]
     if (RESULTS / CURVE).exists():
         measured = {}
@@ -167,7 +183,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="GGUF of the teacher (pools)")
     parser.add_argument("--task", choices=(*SOURCES,), action="append")
     parser.add_argument("--curve", action="store_true", help="the people of the learning curve instead")
-    parser.add_argument("--development", action="store_true", help="the users that choices are tuned on; results stay in --work")
+    parser.add_argument("--attempt", metavar="NAME", help="the development users, under the changes that [attempts] names")
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--users", type=int, default=0, help="only so many of them (0: all)")
@@ -182,21 +198,23 @@ def main() -> None:
         parser.error("--teacher has to name the teacher's GGUF")
     data = Path(os.environ["CDCDA_DATA"])
     if options.quick:
-        options.development, options.users, options.seeds = True, 2, 1
+        options.attempt, options.users, options.seeds = "present", 2, 1
+    if options.attempt not in (None, *settings["attempts"]):
+        parser.error(f"there is no attempt {options.attempt}; one of: {', '.join(settings['attempts'])}")
     seeds, names, precisions = settings["users"]["seeds"][: options.seeds], options.arms.split(","), PRECISIONS
     if options.stage == "report":
         report(settings, data, seeds, options.task or [*SOURCES])
         return
     if options.curve:
         names = [*CURVE_ARMS]
-    if options.curve or options.quick:
+    if options.curve or options.attempt:
         precisions = PRECISIONS[:1]
     part, parts = (int(number) for number in options.part.split("/"))
     for laboratory in curve_laboratories(settings, data, options) if options.curve else laboratories(settings, data, options):
         print(laboratory.work)
         if options.stage == "pools":
             laboratory.pools(names, options.teacher)
-            if not (options.curve or options.development or options.users):
+            if not (options.curve or options.attempt or options.users):
                 (RESULTS / TEACHER).mkdir(exist_ok=True)
                 write_json(RESULTS / TEACHER / f"{laboratory.task}.json", laboratory.agreement())
         else:
@@ -205,11 +223,25 @@ def main() -> None:
 
 def laboratories(settings: dict[str, Any], data: Path, options: argparse.Namespace) -> Iterator[Laboratory]:
     """Give the laboratory of each task."""
-    for task in options.task or SOURCES:
-        results = (options.work / "development" if options.development else RESULTS / "personalization") / task
+    attempt = settings["attempts"].get(options.attempt)
+    for task in options.task or attempt or SOURCES:
         found = people(data, task, settings["users"])
-        chosen = (found.development if options.development else found.test)[: options.users or None]
-        yield Laboratory(task, settings, found, chosen, options.work / task, results, Plain())
+        work, results, chosen, used = options.work / task, RESULTS / "personalization" / task, found.test, settings
+        if attempt is not None:
+            used = changed(settings, task, attempt[task])
+            # Attempts that ask the teacher for the same share what it wrote.
+            asked = sha256_json(used["augment"] | used["tasks"][task].get("augment", {}))[:8]
+            work = options.work / "development" / asked / task
+            results = (options.work / "quick" if options.quick else RESULTS / ATTEMPTS / options.attempt) / task
+            chosen = found.development
+        yield Laboratory(task, used, found, chosen[: options.users or None], work, results, Plain())
+
+
+def changed(settings: dict[str, Any], task: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with what an attempt changes for a task."""
+    own = settings["tasks"][task]
+    own = own | {part: own.get(part, {}) | changes.get(part, {}) for part in ("augment", "train")}
+    return {**settings, "tasks": {**settings["tasks"], task: own}}
 
 
 def curve_laboratories(settings: dict[str, Any], data: Path, options: argparse.Namespace) -> Iterator[Laboratory]:

@@ -91,6 +91,24 @@ def test_a_report_is_made_of_everything_and_of_one_experiment(tmp_path: Path) ->
         finished_cells(tmp_path, users, arms, [0, 1])
 
 
+def test_an_attempt_was_measured_under_its_own_settings() -> None:
+    from cdcda_export.manifest import sha256_json
+    from cdcda_mobile.config import TrainConfig
+    from cdcda_mobile.user_training import training_settings
+    from personalization import ATTEMPTS, changed
+
+    settings = tomllib.loads((RESULTS.parent / "personalization.toml").read_text(encoding="utf-8"))
+    seen = 0
+    for name, tasks in settings["attempts"].items():
+        for task, changes in tasks.items():
+            used = changed(settings, task, changes)
+            want = sha256_json(training_settings(TrainConfig(**used["train"] | used["tasks"][task].get("train", {}))))
+            for path in (RESULTS / ATTEMPTS / name / task).rglob("*.json"):
+                assert json.loads(path.read_text(encoding="utf-8"))["settings"] == want, path
+                seen += 1
+    assert seen == len([*(RESULTS / ATTEMPTS).rglob("*.json")])
+
+
 def test_the_clock_knows_the_parts_of_a_training() -> None:
     from training_profile import _PARTS
 
