@@ -201,6 +201,8 @@ def main() -> None:
         options.attempt, options.users, options.seeds = "present", 2, 1
     if options.attempt not in (None, *settings["attempts"]):
         parser.error(f"there is no attempt {options.attempt}; one of: {', '.join(settings['attempts'])}")
+    if options.attempt and not options.quick and set(options.task or ()) - set(settings["attempts"][options.attempt]):
+        parser.error(f"{options.attempt} was tried on {' and '.join(settings['attempts'][options.attempt])} only")
     seeds, names, precisions = settings["users"]["seeds"][: options.seeds], options.arms.split(","), PRECISIONS
     if options.stage == "report":
         report(settings, data, seeds, options.task or [*SOURCES])
@@ -224,11 +226,11 @@ def main() -> None:
 def laboratories(settings: dict[str, Any], data: Path, options: argparse.Namespace) -> Iterator[Laboratory]:
     """Give the laboratory of each task."""
     attempt = settings["attempts"].get(options.attempt)
-    for task in options.task or attempt or SOURCES:
+    for task in options.task or (SOURCES if options.quick else attempt) or SOURCES:
         found = people(data, task, settings["users"])
         work, results, chosen, used = options.work / task, RESULTS / "personalization" / task, found.test, settings
         if attempt is not None:
-            used = changed(settings, task, attempt[task])
+            used = changed(settings, task, attempt.get(task, {}))
             # Attempts that ask the teacher for the same share what it wrote.
             asked = sha256_json(used["augment"] | used["tasks"][task].get("augment", {}))[:8]
             work = options.work / "development" / asked / task

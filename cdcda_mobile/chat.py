@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdcda_export.artifact import Artifact, open_artifact
@@ -16,8 +16,12 @@ from cdcda_export.verify import Runtime
 _CONTEXT, _ANSWER = 2048, 256
 
 
-def find_artifact(path: Path) -> Path:
+def find_artifact(path: Path, formats: Sequence[str] = ()) -> Path:
     """Return an artifact directory: the path itself, or the newest finished one inside a user's run.
+
+    Args:
+        path: either.
+        formats: what an artifact inside a run may be; empty for anything.
 
     Raises:
         FileError: there is none.
@@ -25,10 +29,16 @@ def find_artifact(path: Path) -> Path:
     if (path / BUNDLE).exists():
         return path
     found = [
-        p.parent for p in path.glob(f"*/{BUNDLE}") if (p.parent / MANIFEST).exists() and not p.parent.name.endswith((".partial", ".old"))
+        p.parent
+        for p in path.glob(f"*/{BUNDLE}")
+        if (p.parent / MANIFEST).exists()
+        and not p.parent.name.endswith((".partial", ".old"))
+        and (not formats or json.loads(p.read_text(encoding="utf-8")).get("format") in formats)
     ]
     if not found:
-        raise FileError(f"{path} holds no finished artifact; make one with `cdcda-export --user {path.name} --format gguf`.")
+        kind = formats[0] if formats else "gguf"
+        what = f"finished {' or '.join(formats)} artifact" if formats else "finished artifact"
+        raise FileError(f"{path} holds no {what}; make one with `cdcda-export --user {path.name} --format {kind}`.")
     return max(found, key=lambda directory: (directory / MANIFEST).stat().st_mtime)
 
 

@@ -265,6 +265,7 @@ def _forget(arguments: argparse.Namespace) -> None:
         print(f"{directory} was learned from this user's records too; remove it, or train it again without them.")
     removed = Workspace(arguments.workspace).forget(arguments.user)
     print(f"Removed {len(removed)} files of user {arguments.user} from {arguments.workspace}.")
+    print("What was uploaded, pushed to a phone or packed into an app (.apk) is elsewhere.")
 
 
 def _users(arguments: argparse.Namespace) -> None:
@@ -328,6 +329,41 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run)
 
 
+_APK_EXAMPLES = """\
+examples:
+  cdcda apk --user 42                              user 42's model, merged and in q4_0
+  cdcda apk --user 42 --compare                    base and personal side by side
+  cdcda apk --model-less                           models come later, with cdcda push
+  cdcda apk --user ann --application-id org.cdcda.app.ann
+"""
+
+
+def _add_apk(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} --user ID | --bundle DIR | --model-less [options]"
+    parser.description = "Make an app of a verified model: one file that a phone installs and that needs no network.\n\n" + _APK_EXAMPLES
+    parser.add_argument("--user", default="", metavar="ID", help="whose merged q4_0, else the newest GGUF")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="an artifact's directory")
+    parser.add_argument("--model-less", action="store_true", help="an app that waits for `cdcda push` or for picked files")
+    parser.add_argument(
+        "--compare", action="store_true", help="the user's gguf-lora export: the app shows the base model beside the personal one"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: USER-ARTIFACT.apk")
+    parser.add_argument("--application-id", default="", metavar="ID", help="another id is another app: two users on one phone")
+    parser.add_argument(
+        "--keystore", type=Path, metavar="FILE", help="PKCS #12, password in CDCDA_KEYSTORE_PASSWORD; default: this machine's own"
+    )
+    parser.add_argument("--shell", type=Path, metavar="FILE", help="the app without a model; default: built once from android_demo/app")
+    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+    def run(arguments: argparse.Namespace) -> None:
+        from cdcda_mobile.apk_command import run
+
+        run(arguments)
+
+    parser.set_defaults(function=run)
+
+
 def main_parser() -> argparse.ArgumentParser:
     """Return the parser of ``cdcda``."""
     parser = _Parser(
@@ -345,6 +381,7 @@ def main_parser() -> argparse.ArgumentParser:
     _add_eval(verbs.add_parser("eval", help="measure a personal model", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_bench(verbs.add_parser("bench", help="how fast, how big, on which phone", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_push(verbs.add_parser("push", help="put a model into the app on a phone", formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_apk(verbs.add_parser("apk", help="an app with the model in it", formatter_class=argparse.RawDescriptionHelpFormatter))
     verbs.add_parser("export", help="the whole job; the same as cdcda-export", add_help=False)
     chat = verbs.add_parser("chat", help="talk to an artifact")
     chat.add_argument("path", type=Path, help="a user's run (runs/42) or an artifact's directory")

@@ -32,6 +32,7 @@ _PARTS = {
     "fsspec": ("fsspec", "fleet", "uploads"),
     "adbutils": ("adbutils", "phone", "phones on a cable"),
     "ziglang": ("ziglang", "phone", "compiling the engine of phones"),
+    "cryptography": ("cryptography", "phone", "signing apps"),
     "spacy": ("spacy", "privacy", "names in --redact beyond the plain rules"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,9 +128,10 @@ def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, 
     for folder in folders.values():
         make_private(folder)
     experiment = Experiment(base, people, settings, lambda user: folders[user] / "work", folders.__getitem__, progress)
+    asked = {} if arguments.predictions is None else _questions(people, arguments.predictions)
     cells = experiment.run(arms, range(job.seed, job.seed + arguments.seeds))
     if arguments.predictions is not None:
-        _write_predictions(experiment, arms, job.seed, arguments.predictions)
+        _write_predictions(experiment, arms, job.seed, arguments.predictions, asked)
     out = folders[people[0].user] if arguments.user is not None else job.workspace / TOGETHER
     report = _report(cells, arms)
     make_private(out)
@@ -186,22 +187,33 @@ def _report(cells: Sequence[Cell], arms: Sequence[str]) -> dict[str, Any]:
     return found | {"overview": overview(cells)}
 
 
-def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, out: Path) -> None:
-    """Write the answers to LaMP's own questions in its prediction format, one file for each task, arm and precision.
+def _questions(people: Sequence[Person], out: Path) -> dict[str, list[str]]:
+    """Return LaMP's name of a task -> the ids of its questions among the test records, and make the folders for their answers.
 
     Raises:
         ConfigError: there are none.
+        FileError: the folders cannot be made.
     """
-    from cdcda_mobile.evaluation.arms import get_arm
-    from cdcda_mobile.evaluation.predictions import write_predictions
+    from cdcda_export.folders import writing
 
     asked: dict[str, list[str]] = {}
-    for record in (record for person in experiment.people for record in person.test):
+    for record in (record for person in people for record in person.test):
         lamp = get_task(record.task).lamp
         if lamp and record.id.startswith("q"):  # a question of the benchmark's, see sources/lamp.py
             asked.setdefault(lamp.name, []).append(record.id[1:])
     if not asked:
         raise ConfigError("--predictions needs LaMP files: none of these test records is a question of the benchmark's.")
+    for task in asked:
+        with writing(out / task):
+            (out / task).mkdir(parents=True, exist_ok=True)
+    return asked
+
+
+def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, out: Path, asked: Mapping[str, Sequence[str]]) -> None:
+    """Write the answers to LaMP's own questions in its prediction format, one file for each task, model and precision."""
+    from cdcda_mobile.evaluation.arms import get_arm
+    from cdcda_mobile.evaluation.predictions import write_predictions
+
     found: dict[tuple[str, str], dict[str, str]] = {}
     models = [arm for arm in arms if not get_arm(arm).rule]
     for person, arm, precision in itertools.product(experiment.people, models, experiment.settings.precisions):
@@ -210,7 +222,6 @@ def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, o
             if lamp and record.id.startswith("q"):
                 found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
     for (task, name), given in found.items():
-        (out / task).mkdir(parents=True, exist_ok=True)
         write_predictions(out / task / f"{name}.json", task, given, asked[task])
 
 

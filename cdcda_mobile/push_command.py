@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from cdcda_apk import APPLICATION_ID
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_mobile.chat import find_artifact
 from cdcda_mobile.phone.device import connect
-from cdcda_mobile.phone.push import APPLICATION_ID, parcel_of, push_bundle
+from cdcda_mobile.phone.push import RUNS, parcel_of, push_bundle
 from cdcda_mobile.workspace import Workspace
 
 
@@ -18,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
         CdcdaError: there is no verified bundle, no phone, no app on it, or no room.
     """
     place = arguments.bundle or Workspace(arguments.workspace).user_directory(arguments.user)
-    directory = find_artifact(place)
+    directory = find_artifact(place, RUNS)
     parcel = parcel_of(directory)
     device = connect(arguments.device)
     progress = choose_progress(arguments.quiet)

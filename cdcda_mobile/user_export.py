@@ -84,7 +84,9 @@ class UserExport:
         described = artifact.as_card(stage.directory)
         presets = [{"task": name, "instruction": get_task(name).instruction} for name in dict.fromkeys(r.task for r in test)]
         checked = result.as_card()
-        bundled = write_bundle(partial, self.base, artifact, described, checked, presets)
+        records = self.trained.metrics["records"]
+        learned = {"records": records["train"], "synthetic": records["synthetic"]}
+        bundled = write_bundle(partial, self.base, artifact, described, checked, presets, learned)
         card = (evaluated or _NOT_EVALUATED) | self._facts(described, checked, artifact, progress)
         return stage.finish({"card": card, "verify": self.config.verify}, [*artifact.outputs, *bundled], hashes=artifact.hashes)
 

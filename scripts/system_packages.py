@@ -13,6 +13,17 @@ from typing import IO
 
 from setup_errors import SetupError
 
+# Programs that the tests start, and where Debian has them.
+_FOR_TESTS = {
+    "qemu-aarch64-static": "qemu-user-static",
+    "javac": "default-jdk-headless",
+    "mvn": "maven",
+    "aapt2": "aapt",
+    "zipalign": "zipalign",
+    "apksigner": "apksigner",
+    "dexdump": "dexdump",
+}
+
 
 def has_venv() -> bool:
     """Whether this interpreter can create a virtual environment with pip in it (Debian splits that off)."""
@@ -43,8 +54,8 @@ def missing_packages(env: Mapping[str, str], for_tests: bool) -> list[str]:
         missing.append("g++")
     if for_tests and not has_postgresql(env):
         missing.append("postgresql")
-    if for_tests and not shutil.which("qemu-aarch64-static", path=env.get("PATH")):
-        missing.append("qemu-user-static")
+    if for_tests:
+        missing += [package for program, package in _FOR_TESTS.items() if not shutil.which(program, path=env.get("PATH"))]
     return missing
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from cdcda_apk import APPLICATION_ID
 from cdcda_export.export import AdapterJob, export_adapter
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.cli import main
-from cdcda_mobile.phone.push import APPLICATION_ID
 from fake_adb import FakePhone, phones
 
 Capture = pytest.CaptureFixture[str]
@@ -90,5 +90,5 @@ def test_what_may_not_leave_or_cannot_run_is_refused(
     assert main(["push", "--bundle", str(directory), "--application-id", "a; rm -rf /", "--quiet"]) == 2
     assert "is no application id" in capsys.readouterr().err
     assert main(["push", "--user", "nobody", "--workspace", str(tmp_path / "runs"), "--quiet"]) == 1
-    assert "holds no finished artifact" in capsys.readouterr().err
+    assert "holds no finished gguf or gguf-lora artifact" in capsys.readouterr().err
     assert models(phone) == {}

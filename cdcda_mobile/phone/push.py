@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cdcda_apk.packing import check_id
 from cdcda_export.bundle import BUNDLE, LICENCES, require_verified
 from cdcda_export.errors import ConfigError, DeviceError
 from cdcda_mobile.phone.device import Device
 
-APPLICATION_ID = "org.cdcda.app"
-_RUNS = ("gguf", "gguf-lora")  # what the app runs
+RUNS = ("gguf", "gguf-lora")  # what the app runs
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def parcel_of(directory: Path) -> Parcel:
         ConfigError: the app does not run this format.
     """
     bundle = require_verified(directory)
-    if bundle["format"] not in _RUNS:
+    if bundle["format"] not in RUNS:
         raise ConfigError(f"The app runs GGUF, and {directory} is {bundle['format']}; export one with --format gguf.")
     found = {entry["file"]: directory / entry["path"] for entry in bundle["files"].values()}
     found[LICENCES] = directory / LICENCES
@@ -83,8 +83,7 @@ def push_bundle(device: Device, parcel: Parcel, name: str, application: str, sen
         DeviceError: the app is not there, or the phone refuses.
         DiskFull: the phone has no room.
     """
-    if not re.fullmatch(r"\w+(\.\w+)+", application):
-        raise ConfigError(f"'{application}' is no application id; one looks like {APPLICATION_ID}.")
+    check_id(application)
     if not device.try_run(f"pm path {application}"):
         raise DeviceError(f"The app {application} is not on the phone: install it with `adb install`, open it once, and push again.")
     folder = f"/sdcard/Android/data/{application}/files/models/{re.sub('[^A-Za-z0-9._-]+', '-', name)}"
@@ -103,13 +102,13 @@ def push_bundle(device: Device, parcel: Parcel, name: str, application: str, sen
         device.push(path, target, sent)
         done.sent.append(file)
     with TemporaryDirectory() as place:
-        flat = Path(place) / BUNDLE
-        flat.write_text(json.dumps(_flat(parcel.bundle)), encoding="utf-8")
-        device.push(flat, f"{folder}/{BUNDLE}", lambda count: None)
+        written = Path(place) / BUNDLE
+        written.write_text(json.dumps(flat(parcel.bundle)), encoding="utf-8")
+        device.push(written, f"{folder}/{BUNDLE}", lambda count: None)
     return done
 
 
-def _flat(bundle: dict[str, Any]) -> dict[str, Any]:
-    """Return a bundle whose files all lie beside it, as they do on the phone."""
+def flat(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Return a bundle whose files all lie beside it, as they do on a phone."""
     files = {role: {**entry, "path": entry["file"], "beside": True} for role, entry in bundle["files"].items()}
     return {**bundle, "files": files}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cdcda_export.base import Base
 
 BUNDLE, LICENCES = "bundle.json", "LICENCES.txt"
-SCHEMA = 2
+SCHEMA = 3
 
 
 def kv_bytes_per_token(base: GgufFile) -> int:
@@ -54,6 +54,7 @@ def write_bundle(
     described: dict[str, Any],
     verification: dict[str, Any],
     presets: Sequence[dict[str, str]],
+    learned_from: Mapping[str, int] | None,
 ) -> list[str]:
     """Write ``bundle.json`` and the licences beside an artifact.
 
@@ -64,6 +65,7 @@ def write_bundle(
         described: the artifact's part of the card.
         verification: the gates and what was measured.
         presets: name and instruction of the tasks that the app offers.
+        learned_from: how many ``records`` of the user's and ``synthetic`` ones; None for an adapter from elsewhere.
 
     Returns:
         The names written.
@@ -86,7 +88,9 @@ def write_bundle(
         },
         "context_length": context,
         "memory_bytes": memory_needed(file, weights, context),
+        "cache_bytes_per_token": kv_bytes_per_token(file),
         "presets": list(presets),
+        "learned_from": dict(learned_from) if learned_from is not None else None,
         "verification": verification,
         "licences": LICENCES,
     }

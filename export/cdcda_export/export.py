@@ -199,7 +199,7 @@ def _build(job: AdapterJob, base: Base, partial: Path, progress: Progress) -> tu
 
     artifact, verification, samples = make_artifact(order, probes, progress, evaluate)
     described = artifact.as_card(job.directory)
-    bundled = write_bundle(partial, base, artifact, described, verification.as_card(), [])
+    bundled = write_bundle(partial, base, artifact, described, verification.as_card(), [], None)
     card = {
         "user": None,
         "adapter": str(job.adapter),
