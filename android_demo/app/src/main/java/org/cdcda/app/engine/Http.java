@@ -73,20 +73,26 @@ final class Http {
         }
     }
 
+    /** What is read in pieces can be read byte by byte. */
+    private abstract static class Pieces extends InputStream {
+        @Override
+        public int read() throws IOException {
+            byte[] one = new byte[1];
+            return read(one, 0, 1) < 0 ? -1 : one[0] & 0xff;
+        }
+
+        @Override
+        public abstract int read(byte[] target, int offset, int count) throws IOException;
+    }
+
     /** So many bytes of a stream; that it ends before is an error. */
-    private static final class Limited extends InputStream {
+    private static final class Limited extends Pieces {
         private final InputStream in;
         private long left;
 
         Limited(InputStream in, long left) {
             this.in = in;
             this.left = left;
-        }
-
-        @Override
-        public int read() throws IOException {
-            byte[] one = new byte[1];
-            return read(one, 0, 1) < 0 ? -1 : one[0] & 0xff;
         }
 
         @Override
@@ -104,19 +110,13 @@ final class Http {
     }
 
     /** A body in chunks. */
-    private static final class Chunked extends InputStream {
+    private static final class Chunked extends Pieces {
         private final InputStream in;
         private Limited chunk;
         private boolean ended;
 
         Chunked(InputStream in) {
             this.in = in;
-        }
-
-        @Override
-        public int read() throws IOException {
-            byte[] one = new byte[1];
-            return read(one, 0, 1) < 0 ? -1 : one[0] & 0xff;
         }
 
         @Override
