@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 _ALIGNMENT = 4
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -44,8 +43,7 @@ def _info(archive: zipfile.ZipFile, name: str, compress: bool) -> zipfile.ZipInf
     info.external_attr = 0o644 << 16
     info.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     if not compress:
-        file: BinaryIO = archive.fp  # type: ignore[assignment]
-        begins = file.tell() + _HEADER + len(name.encode()) + 6
+        begins = archive.start_dir + _HEADER + len(name.encode()) + 6
         padding = -begins % _ALIGNMENT
         info.extra = struct.pack("<HHH", _EXTRA, 2 + padding, _ALIGNMENT) + b"\0" * padding
     return info
