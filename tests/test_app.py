@@ -366,7 +366,7 @@ def test_its_engine_streams_stops_dies_and_starts_again(app: App, packed: Any, t
         os.kill(running, signal.SIGKILL)
         state = client.until("state", "FAILED")
         assert state["failure"] == "NOT_ENOUGH_MEMORY"  # what Android's low-memory killer does
-        client.do("restart")
+        client.do("load")
         client.until("state", "READY")
         assert client.answer("hello", 12)[0] == text
         client.process.kill()

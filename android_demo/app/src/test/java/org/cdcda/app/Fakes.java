@@ -68,11 +68,6 @@ public final class Fakes {
         }
 
         @Override
-        public void restart() {
-            load(loaded.get(loaded.size() - 1));
-        }
-
-        @Override
         public void generate(Request request, Sink to) {
             asked.add(request);
             sink = to;

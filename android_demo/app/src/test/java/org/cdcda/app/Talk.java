@@ -45,7 +45,8 @@ public final class Talk {
         say("model", model.bundle().quant(), "sha256", model.bundle().files().get(Bundle.MODEL).sha256());
         var engine = new LlamaEngine(program, folder, new JvmTransport(), Runnable::run, 300_000);
         engine.watch(state -> say("state", state.phase().name(), "failure", state.failure().name(), "detail", state.detail()));
-        engine.load(model.start(context, 2, 0));
+        var start = model.start(context, 2, 0);
+        engine.load(start);
         var in = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.UTF_8));
         for (String line; (line = in.readLine()) != null; ) {
             JSONObject command = new JSONObject(line);
@@ -53,7 +54,7 @@ public final class Talk {
                 case "ask" -> ask(engine, command);
                 case "begin" -> begin(engine, command);
                 case "stop" -> engine.stop();
-                case "restart" -> engine.restart();
+                case "load" -> engine.load(start);
                 default -> engine.unload();
             }
         }

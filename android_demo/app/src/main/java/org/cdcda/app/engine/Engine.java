@@ -35,11 +35,8 @@ public interface Engine {
 
     void unwatch(Listener listener);
 
-    /** Loads a model; another one is unloaded first. */
+    /** Loads a model, after a failure too; what was loaded is unloaded first. */
     void load(Start start);
-
-    /** Loads the last model again, after a failure. */
-    void restart();
 
     /** Answers. */
     void generate(Request request, Sink sink);

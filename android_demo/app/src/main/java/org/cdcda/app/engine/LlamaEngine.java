@@ -39,7 +39,6 @@ public final class LlamaEngine implements Engine {
 
     // Guarded by this.
     private EngineState state = EngineState.ABSENT;
-    private Start last;
     private Server server;
     private Api api;
     /** Counts what was asked for: work for an older wish has no word. */
@@ -77,18 +76,10 @@ public final class LlamaEngine implements Engine {
 
     @Override
     public synchronized void load(Start start) {
-        last = start;
         int mine = ++wish;
         cut();
         become(EngineState.of(Phase.LOADING));
         worker.execute(() -> begin(start, mine));
-    }
-
-    @Override
-    public synchronized void restart() {
-        if (last != null) {
-            load(last);
-        }
     }
 
     @Override

@@ -25,6 +25,7 @@ import org.junit.rules.TemporaryFolder;
 public class LlamaEngineTest {
     private static final long PATIENCE = 20_000;
     private static final Request QUESTION = new Request("hello \"you\"", 16, 0.5, 1);
+    private static final Start MODEL = new Start(new File("model.gguf"), null, 512, 2, 0b1100);
 
     @Rule
     public final TemporaryFolder folder = new TemporaryFolder();
@@ -56,7 +57,7 @@ public class LlamaEngineTest {
     private void start(List<String> program, long patience) {
         engine = new LlamaEngine(program, folder.getRoot(), new JvmTransport(), Runnable::run, patience);
         engine.watch(states::add);
-        engine.load(new Start(new File("model.gguf"), null, 512, 2, 0b1100));
+        engine.load(MODEL);
     }
 
     private void start(String mood) {
@@ -149,7 +150,7 @@ public class LlamaEngineTest {
     }
 
     @Test
-    public void aCrashInTheMiddleIsAStateAndARestartHelps() throws Exception {
+    public void aCrashInTheMiddleIsAStateAndLoadingAgainHelps() throws Exception {
         start("dies");
         await(Phase.READY);
         Heard heard = ask(QUESTION);
@@ -158,7 +159,7 @@ public class LlamaEngineTest {
         assertEquals(Failure.DIED, state.failure());
         assertEquals("GGML_ASSERT(x) failed", state.detail());
         assertEquals(End.FAILED, ask(QUESTION).answer().end());
-        engine.restart();
+        engine.load(MODEL);
         await(Phase.READY);
     }
 
