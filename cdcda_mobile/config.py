@@ -129,7 +129,7 @@ class TrainConfig:
     evaluations_per_epoch: int = setting(2)
     max_tokens: int = setting(512)
     # More than one weight or schedule: each pair is trained, and the real validation records choose.
-    synthetic_weight: list[float] = setting([1.0])
+    synthetic_weight: list[float] = setting([0.3])
     synthetic_schedule: list[str] = setting(["mixed"])
     warm_start: str = setting("", "continue from a shared adapter (cdcda train --shared)", "DIR")
     # Layers below it stay as they are: half the work and less of the person. What comes out of them is computed once.
