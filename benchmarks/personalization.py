@@ -139,7 +139,7 @@ def curve_svg(cells: Mapping[int, Sequence[Cell]]) -> str:
     """Return the learning curve: mean NLL over the number of real records."""
     means = {real: {row.arm.name: row.estimate.mean for row in arm_rows(found, [NLL])} for real, found in cells.items()}
     lines = {arm: [means[real][arm] for real in means] for arm in CURVE_ARMS}
-    return svg([Panel("test NLL per token, mean over users", "real records", "nats", [str(real) for real in means], lines)])
+    return svg([Panel("test NLL per token, mean over users", "real records", "nats", [str(real) for real in means], lines, False)])
 
 
 def report(settings: dict[str, Any], data: Path, seeds: Sequence[int], tasks: Sequence[str]) -> None:
@@ -171,7 +171,8 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int], tasks: Se
         for real, (_, chosen) in curve_people(data, curve["task"], settings["users"], curve).items():
             folder = RESULTS / CURVE / str(real) / curve["task"]
             measured[real], _ = finished_cells(folder, [person.user for person in chosen], CURVE_ARMS, seeds)
-            raw[f"curve_{real}"] = tables(measured[real])[1]
+            of_curve, raw[f"curve_{real}"], _, _ = tables(measured[real])
+            figures |= {f"curve_{real}_{name}": value for name, value in of_curve.items()}
         write_atomic(RESULTS / f"{CURVE}.svg", curve_svg(measured), mode=0o644)
     write_results("personalization", figures, raw)
 

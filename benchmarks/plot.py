@@ -34,6 +34,7 @@ class Panel:
         y_label: the unit of the values.
         x: names of the places.
         lines: name -> a value at every place; at most two.
+        from_zero: values stand on zero; False where zero means nothing, as with likelihoods.
     """
 
     title: str
@@ -41,10 +42,11 @@ class Panel:
     y_label: str
     x: Sequence[str]
     lines: dict[str, Sequence[float]]
+    from_zero: bool = True
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """Return the panels side by side; values start at zero."""
+    """Return the panels side by side."""
     drawn = "".join(f'<g transform="translate({at * _WIDTH} 0)">{_panel(panel)}</g>' for at, panel in enumerate(panels))
     spoken = "; ".join(f"{panel.title}: {_spoken(panel)}" for panel in panels)
     width = _WIDTH * len(panels)
@@ -64,11 +66,12 @@ def _text(x: float, y: float, text: str, css: str = "muted", anchor: str = "midd
 
 def _panel(panel: Panel) -> str:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    marks = ticks(0.0, max(max(values) for values in panel.lines.values()))
+    known = [value for values in panel.lines.values() for value in values]
+    marks = ticks(0.0 if panel.from_zero else min(known), max(known))
     places = [_LEFT + 16 + at * (right - _LEFT - 32) / max(1, len(panel.x) - 1) for at in range(len(panel.x))]
 
     def height(value: float) -> float:
-        return bottom - value / marks[-1] * (bottom - _TOP)
+        return bottom - (value - marks[0]) / (marks[-1] - marks[0]) * (bottom - _TOP)
 
     drawn = [_text(_LEFT, 18, panel.title, "title", "start")]
     for mark in marks:
