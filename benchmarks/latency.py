@@ -1,4 +1,4 @@
-"""``cdcda bench`` against llama.cpp's llama-bench, same file, threads, cores and sources; and the memory formula against measured peaks.
+"""``cdcda bench --phone`` against llama.cpp's llama-bench, same file, threads, cores and sources; the memory formula against measured peaks.
 
 The peer is compiled once (about six minutes on two cores) with what llama-cpp-python's own library is compiled with, and kept in the cache
 folder. Pairs are interleaved, so that what else the machine does hits both. Run it on a quiet machine: threads that wait for each other
@@ -32,11 +32,13 @@ from cdcda_export.progress import Plain
 from cdcda_export.quantization import get_quant
 from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.phone.bench import PROTOCOLS, bench
+from cdcda_mobile.phone.classes import get_phone
 from cdcda_mobile.phone.constrain import choose_cores
 from laboratory import hardware, print_table, write_results
 
 PROGRAM, PROTOCOL = "llama-bench", "llama-bench"
 OPTIONS = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON")
+PHONE = "galaxy-s23"
 DRAWS = 10_000
 REPEATS = 3  # of each side of a pair
 QUANTS = ("q4_0", "q8_0", "f16")
@@ -67,8 +69,8 @@ def theirs(program: Path, model: Path, cores: Sequence[int]) -> dict[str, float]
 
 
 def ours(artifact: Artifact, threads: int) -> dict[str, float]:
-    """Return the same of ``cdcda bench``."""
-    found = bench(artifact, PROTOCOL, REPEATS, 0.0, None, threads, lambda step: None).measured
+    """Return the same of ``cdcda bench --phone``: within the phone's memory."""
+    found = bench(artifact, PROTOCOL, REPEATS, 0.0, get_phone(PHONE), threads, lambda step: None).measured
     assert found is not None
     return {"prefill": statistics.median(found.prefill), "decode": statistics.median(found.decode)}
 
@@ -137,7 +139,7 @@ def main() -> None:
     print_table(["", "ours tok/s", "llama-bench tok/s", "median ratio", "2.5 %", "97.5 %"], rows)
     figures["memory_formula_error"] = max(abs(row["predicted"] / row["measured"] - 1) for row in needed)
     print_table(["quant", "predicted MB", "measured MB"], [[row["quant"], row["predicted"] / 1e6, row["measured"] / 1e6] for row in needed])
-    write_results("latency", figures, {"pairs": samples, "memory": needed, "threads": len(cores)})
+    write_results("latency", figures, {"pairs": samples, "memory": needed, "threads": len(cores), "phone": PHONE})
 
 
 if __name__ == "__main__":
