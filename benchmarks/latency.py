@@ -1,4 +1,4 @@
-"""``cdcda bench --phone`` against llama.cpp's llama-bench, same file, threads, cores and sources; the memory formula against measured peaks.
+"""``cdcda bench --phone`` against llama-bench: same file, threads, cores and sources; and the memory formula against measured peaks.
 
 The peer is compiled once (about six minutes on two cores) with what llama-cpp-python's own library is compiled with, and kept in the cache
 folder. Pairs are interleaved, so that what else the machine does hits both. Run it on a quiet machine: threads that wait for each other
