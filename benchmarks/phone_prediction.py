@@ -1,7 +1,8 @@
 """Can a phone's speed be told without the phone? Predictions for models and for phones that the fit has not seen, against published speeds.
 
 Fits the roofline of ``roofline.py`` to llama.cpp's CPU speeds on three phones (PocketPal's published baselines, six threads, 256 tokens of
-prompt and 64 of answer) and leaves out one model at a time, then one phone at a time. ``--write`` writes the coefficients that ship.
+prompt and 64 of answer) and a Raspberry Pi 5, and leaves out one model at a time, then one phone at a time. ``--write`` writes the coefficients
+that ship. What was measured with types or layers that cannot be exported here is left out.
 
     CDCDA_DATA=... python benchmarks/phone_prediction.py [--write]
 """
@@ -30,13 +31,18 @@ Row = Mapping[str, Any]
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "cdcda_mobile" / "phone" / "roofline.json"
-SOURCE = "PocketPal's published baselines (github.com/a-ghorbani/pocketpal-ai, e2e/baselines/benchmark, 2026-05): llama.cpp on the CPU"
+SOURCE = (
+    "PocketPal's published baselines (github.com/a-ghorbani/pocketpal-ai, e2e/baselines/benchmark, 2026-05): llama.cpp on the CPU, six threads; "
+    "and, among what stands for chips without measurements, one of a Raspberry Pi 5 (Arm Learning Path on llama-roofline), four threads"
+)
 PHONE_POSITION = 288  # in the middle of the 64 answered tokens, after 256
 EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DEVICES = {"samsung-s23": "snapdragon-8-gen-2", "poco-x7-klee": "dimensity-8500", "poco-myron": "snapdragon-8-elite-gen-5"}
 # What cannot be exported here: two storage types, and a model with an embedding in every layer, which two of the phones were too small for.
 UNSUPPORTED_TYPES, UNSUPPORTED_MODELS = frozenset({"IQ2_S", "IQ3_S"}), ("gemma-4-e2b",)
 NOMINAL = 0.9
+# Two-sided 90 % of Student's t by degrees of freedom, and of the normal distribution.
+_STUDENT, _NORMAL = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015}, 1.645
 # How much dearer than a byte of repacked weights: types that llama.cpp's ARM kernels repack wait for memory, the others for the
 # unpacking of a weight, which costs about the same in all of them.
 _PER_WEIGHT = -0.3
@@ -149,27 +155,29 @@ class Errors:
         return float(np.expm1(np.quantile(np.abs(self.log[taken]), NOMINAL)))
 
     def worst_half_width(self, groups: np.ndarray, but: str = "") -> float:
-        """Return the half-width that the worst group needs: where groups are few, their mean would promise too much."""
-        return max(self.half_width(groups == name) for name in dict.fromkeys(groups) if name != but and self.known[groups == name].any())
+        """Return the half-width for a group that nobody has seen: what the worst seen one needs, wider by Student's t for so few."""
+        widths = [self.half_width(groups == name) for name in dict.fromkeys(groups) if name != but and self.known[groups == name].any()]
+        return float(np.expm1(np.log1p(max(widths)) * _STUDENT[len(widths) - 1] / _NORMAL))
 
-    def coverage(self, widths: np.ndarray) -> tuple[float, float]:
-        """Return which part of the errors lies in the intervals of these half-widths, and the median half-width as a user sees it."""
-        factors = np.array([interval_factor(*row) for row in zip(widths, self.share, self.spread, strict=True)])[self.known]
-        return float(np.mean(np.abs(self.log[self.known]) <= np.log(factors))), float(np.median(factors - 1 / factors) / 2)
+    def coverage(self, widths: np.ndarray, which: np.ndarray | None = None) -> tuple[float, float]:
+        """Return which part of (some of) the errors lies in the intervals of these half-widths, and the median half-width as a user sees it."""
+        taken = self.known if which is None else self.known & which
+        factors = np.array([interval_factor(*row) for row in zip(widths, self.share, self.spread, strict=True)])[taken]
+        return float(np.mean(np.abs(self.log[taken]) <= np.log(factors))), float(np.median(factors - 1 / factors) / 2)
 
 
-def left_out(rows: Sequence[Row], kind: Kind, by: str, tables: Callable[[Roofline], Mapping[str, Any]]) -> Errors:
+def left_out(rows: Sequence[Row], kind: Kind, by: str, tables: Callable[[Sequence[Row], Kind], Mapping[str, Any]]) -> Errors:
     """Predict every row from a fit without the rows of its model or chip.
 
     Args:
         rows: the measurements.
         kind: decode or prefill.
         by: the column of which one value is left out at a time.
-        tables: makes of a fit what is known of each chip.
+        tables: makes of the other rows what is known of each chip.
     """
     found = np.full((3, len(rows)), np.nan)
     for value in dict.fromkeys(row[by] for row in rows):
-        known = tables(fit([row for row in rows if row[by] != value], kind))
+        known = tables([row for row in rows if row[by] != value], kind)
         for at, row in enumerate(rows):
             if row[by] == value and row["chip"] in known:
                 table, work = known[row["chip"]], row["work"]
@@ -179,18 +187,21 @@ def left_out(rows: Sequence[Row], kind: Kind, by: str, tables: Callable[[Rooflin
     return Errors(*found)
 
 
-def measured_chips(fitted: Roofline) -> dict[str, Any]:
-    """Return what is known of each chip of a fit, as it ships."""
+def measured_chips(rows: Sequence[Row], kind: Kind) -> dict[str, Any]:
+    """Return what is known of each chip, as it ships; one model says too little of a chip."""
+    fitted = fit(rows, kind)
     by_type, memory, layers = fitted.tables()
     spread = fitted.layer_spread()
     return {
         chip: {"types": by_type[chip], "memory": memory[chip], "layers": layers[chip], "layer_spread": spread[chip]}
         for chip in fitted.chips
+        if len({row["model"] for row in rows if row["chip"] == chip}) > 1
     }
 
 
-def any_other_chip(fitted: Roofline, kind: Kind, exponent: float) -> dict[str, Any]:
+def any_other_chip(rows: Sequence[Row], kind: Kind, exponent: float) -> dict[str, Any]:
     """Return what is expected of a chip that nobody measured: the means of the measured ones, told at a strength in their middle."""
+    fitted = fit(rows, kind)
     by_type, memory, layers = fitted.tables()
     strengths = {chip: _strength(chip, kind) for chip in fitted.chips}
     middle = float(np.exp(np.mean(np.log([*strengths.values()]))))
@@ -209,10 +220,14 @@ def _strength(chip: str, kind: Kind) -> float:
     return strength
 
 
-def without_a_phone(rows: Sequence[Row], kind: Kind, exponent: float) -> Errors:
-    """Predict every row from the other phones."""
+def without_a_phone(rows: Sequence[Row], kind: Kind, exponent: float | None = None) -> Errors:
+    """Predict every row from the other phones; without an exponent, with that which is the best for those."""
     chips = {row["chip"] for row in rows}
-    return left_out(rows, kind, "chip", lambda fitted: dict.fromkeys(chips, any_other_chip(fitted, kind, exponent)))
+
+    def tables(others: Sequence[Row], kind: Kind) -> Mapping[str, Any]:
+        return dict.fromkeys(chips, any_other_chip(others, kind, best_exponent(others, kind) if exponent is None else exponent))
+
+    return left_out(rows, kind, "chip", tables)
 
 
 def best_exponent(rows: Sequence[Row], kind: Kind) -> float:
@@ -226,6 +241,21 @@ def best_exponent(rows: Sequence[Row], kind: Kind) -> float:
     return min(EXPONENTS, key=loss)
 
 
+def shipped_of(rows: Sequence[Row], kind: Kind) -> tuple[dict[str, Any], Errors, Errors]:
+    """Return what ships of decode or prefill, and the errors of leaving out models and phones."""
+    by_model, by_phone = left_out(rows, kind, "model", measured_chips), without_a_phone(rows, kind)
+    relative = np.abs(np.expm1(by_model.log[by_model.known]))
+    others = any_other_chip(rows, kind, best_exponent(rows, kind))
+    shipped = {
+        "chips": measured_chips(rows, kind),
+        "half_width": by_model.half_width(),
+        "median_error": float(np.median(relative)),
+        "p90_error": float(np.quantile(relative, NOMINAL)),
+        "others": {**others, "half_width": by_phone.worst_half_width(np.array([row["chip"] for row in rows]))},
+    }
+    return shipped, by_model, by_phone
+
+
 def main() -> None:
     """Fit, check, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,10 +267,8 @@ def main() -> None:
     raw: dict[str, Any] = {}
     shipped: dict[str, Any] = {"source": SOURCE}
     for name, kind in KINDS.items():
-        exponent = best_exponent(rows, kind)
-        by_model, by_phone = left_out(rows, kind, "model", measured_chips), without_a_phone(rows, kind, exponent)
-        relative = np.abs(np.expm1(by_model.log[by_model.known]))
-        figures |= {f"{name}_median_error": float(np.median(relative)), f"{name}_p90_error": float(np.quantile(relative, NOMINAL))}
+        shipped[name], by_model, by_phone = shipped_of(rows, kind)
+        figures |= {f"{name}_{error}": shipped[name][error] for error in ("median_error", "p90_error")}
         # Nobody's interval comes from its own errors.
         of_others = np.array([by_model.half_width(models != model) for model in models])
         of_other_phones = np.array([by_phone.worst_half_width(chips, but=chip) for chip in chips])
@@ -250,12 +278,9 @@ def main() -> None:
             [row["chip"], row["model"], row["quant"], float(row[kind.column]), *(round(float(np.expm1(e)), 4) for e in both)]
             for row, *both in zip(rows, by_model.log, by_phone.log, strict=True)
         ]
-        fitted = fit(rows, kind)
-        shipped[name] = {
-            "chips": measured_chips(fitted),
-            "half_width": by_model.half_width(),
-            "others": {**any_other_chip(fitted, kind, exponent), "half_width": by_phone.worst_half_width(chips)},
-        }
+        for chip in dict.fromkeys(chips):
+            held = by_phone.coverage(of_other_phones, chips == chip)[0]
+            raw.setdefault("phone_out_coverage", {})[f"{chip}, {name}"] = held
     figures["interval_coverage"] = figures["decode_interval_coverage"]
     figures["interval_half_width"] = figures["decode_interval_half_width"]
     figures["phone_out_coverage"] = figures["decode_phone_out_interval_coverage"]

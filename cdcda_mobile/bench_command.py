@@ -15,8 +15,9 @@ from cdcda_export.errors import ConfigError
 from cdcda_export.gguf import GgufFile
 from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress, progress_of_bytes
+from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Measured, Tests, bench, fit_of, predicted
+from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, predicted
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
 from cdcda_mobile.phone.predict import Prediction, Speed
 
@@ -40,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         return show_recommendation(arguments) if arguments.recommend else show_table(arguments)
     phone = get_phone(arguments.phone) if arguments.phone else None
-    directory = find_artifact(arguments.artifact)
+    # Phones run llama.cpp: of a run's artifacts the newest that they can.
+    directory = find_artifact(arguments.artifact, () if arguments.device is None and not arguments.arm else ("gguf",))
     artifact = read_artifact(directory)
     if arguments.arm:
         from cdcda_mobile.emulated_command import show_emulated
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(content, indent=2))
     else:
-        told = _predicted_lines(phone, prediction, fit.verdict if fit else None) if phone else []
+        told = _predicted_lines(phone, prediction, fit, PROTOCOLS[arguments.protocol]) if phone else []
         print("\n".join([*lines, *told, str(out)]))
     return 0 if measured else 1
 
@@ -152,7 +154,9 @@ def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
     like = ""
     if phone:
         memory = f"{size(found.memory)} of memory ({found.held_by})" if found.memory else "memory unlimited, its own is not known"
-        like = f" within the limits of a {phone.name}: {memory}, {found.threads} of its {phone.soc.big_cores} fast cores"
+        cores = f"{found.threads} threads for its {phone.soc.big_cores} fast cores"
+        fewer = ", all that this machine has" if found.threads < phone.soc.big_cores and found.threads == cpu_threads() else ""
+        like = f" within the limits of a {phone.name}: {memory}, {cores}{fewer}"
     head = (
         f"{found.artifact.name} ({found.format} {found.quant}, {size(found.bytes)}) on THIS MACHINE{like or f', {found.threads} threads'}"
     )
@@ -183,19 +187,19 @@ def _spread(values: list[float]) -> str:
     return f"{median(values):.1f} tok/s ({min(values):.1f} to {max(values):.1f} in {len(values)} repeats)"
 
 
-def _predicted_lines(phone: Phone, prediction: Prediction | None, verdict: str | None) -> list[str]:
+def _predicted_lines(phone: Phone, prediction: Prediction | None, fit: Fit | None, tests: Tests) -> list[str]:
     lines = [f"PREDICTED for a {phone.name} ({phone.soc.name})"]
-    if verdict:
-        lines.append(f"  memory          {verdict} (an app may take {size(phone.memory_budget.value)})")
+    if fit:
+        allowed = f"; an app may take {size(fit.budget)}" if fit.budget is not None else ""
+        lines.append(f"  memory          {fit.verdict}: needs {size(fit.needed)}{allowed}")
     if prediction is None:
         return [*lines, "  speed           not calibrated for ONNX and for adapters at run time"]
+    lines += [f"  decode          {_range(prediction.decode)}", f"  prefill         {_range(prediction.prefill)}"]
+    if prediction.decode and prediction.prefill:
+        first = tests.prompt / prediction.prefill.expected + 1 / prediction.decode.expected
+        lines.append(f"  first token     {duration(first)} after a prompt of {tests.prompt} tokens")
     basis = "other models were measured on this chip" if prediction.measured else "nobody measured this chip: from its memory and clocks"
-    return [
-        *lines,
-        f"  decode          {_range(prediction.decode)}",
-        f"  prefill         {_range(prediction.prefill)}",
-        f"  basis           {basis}",
-    ]
+    return [*lines, f"  basis           {basis}, with six threads"]
 
 
 def _range(speed: Speed | None) -> str:

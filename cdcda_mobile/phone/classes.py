@@ -82,6 +82,11 @@ class Soc:
         return sum(cluster.count for cluster in self.clusters.value or ())
 
     @property
+    def is_little(self) -> bool:
+        """Whether all cores are little ones."""
+        return all(cluster.core in _LITTLE for cluster in self.clusters.value or ())
+
+    @property
     def big_cores(self) -> int:
         """How many cores should compute: those that do not make the others wait; where all are little, four of the fastest."""
         clusters = self.clusters.value or ()

@@ -25,8 +25,9 @@ GIGA = 1e9
 WIDTH = 2048  # columns that a layer's seconds in prefill are counted in
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _ROWS_ONLY = ("per_layer_token_embd.weight",)  # a token reads one row
-# That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption; a judgement, not a fit.
-_LAYER_DOUBT = 0.3
+# That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption, and it was measured with six
+# threads where an app takes the fast cores. A judgement, not a fit.
+_LAYER_DOUBT = 0.5
 _WHOLE = 100  # tokens a second from which on nobody wants decimals
 
 
@@ -103,7 +104,7 @@ class Prediction:
 
     Attributes:
         decode: None where neither measurements nor the memory's bandwidth are known.
-        prefill: the same, for chips without measurements from their clocks; None where the chip lacks dotprod.
+        prefill: the same, for chips without measurements from their clocks; None where the chip lacks dotprod or has little cores alone.
         measured: whether this very chip was measured with other models.
     """
 
@@ -136,7 +137,9 @@ def coefficients() -> dict[str, Any]:
 
 
 def clock_ghz(soc: Soc) -> float | None:
-    """Return the clocks of the cores that compute, summed, in GHz; None where they are unknown."""
+    """Return the clocks of the cores that compute, summed, in GHz; None where they are unknown, or little: nobody measured such a chip."""
+    if soc.is_little:
+        return None
     left, total = soc.big_cores, 0.0
     for cluster in soc.clusters.value or ():
         taken = min(left, cluster.count)

@@ -253,9 +253,13 @@ def recommend(found: Sequence[Row], least: float) -> Recommendation:
         return Recommendation(None, "No exported artifact will do on this phone.", refused)
     keeping = [row for row in able if (row.quality.kept or 0.0) >= KEPT]
     if keeping:
-        best = max(keeping, key=lambda row: row.decode.expected if row.decode else 0.0)
-        lost = {row.name: "keeps the person too, but is slower" if row in keeping else _lost(row) for row in able if row is not best}
-        return Recommendation(best, f"The fastest of those that keep at least {KEPT:.0%} of the personal gain.", refused | lost)
+        # Where nothing is known of the phone's speed: memory is what a token waits for.
+        best = max(keeping, key=lambda row: (row.decode.expected if row.decode else 0.0, -row.bytes))
+        superlative, comparative = ("fastest", "slower") if best.decode else ("smallest", "larger")
+        lost = {
+            row.name: f"keeps the person too, but is {comparative}" if row in keeping else _lost(row) for row in able if row is not best
+        }
+        return Recommendation(best, f"The {superlative} of those that keep at least {KEPT:.0%} of the personal gain.", refused | lost)
     best = min(able, key=lambda row: (math.inf if row.quality.kl is None else row.quality.kl, row.bytes))
     further = {row.name: "further from the float32 model" for row in able if row is not best}
     why = f"Closest to the float32 model; none is known to keep {KEPT:.0%} of the personal gain."
@@ -264,10 +268,12 @@ def recommend(found: Sequence[Row], least: float) -> Recommendation:
 
 def _against(row: Row, least: float) -> str:
     """Return what speaks against an artifact on its phone, '' for nothing."""
-    if row.decode is None:
-        return "its speed was not calibrated" if row.format != "gguf" else "nothing is known of this phone's speed"
+    if row.format != "gguf":
+        return "its speed was not calibrated"
     if row.fit is not None and row.fit.verdict == "does not fit":
         return "does not fit into the memory that an app may take"
+    if row.decode is None:
+        return "nothing is known of this phone's speed" if least else ""
     return f"may decode at {row.decode.low:.1f} tok/s only" if row.decode.low < least else ""
 
 
