@@ -1,8 +1,8 @@
 """Can a phone's speed be told without the phone? Predictions for models and for phones that the fit has not seen, against published speeds.
 
 Fits the roofline of ``roofline.py`` to llama.cpp's CPU speeds on three phones (PocketPal's published baselines, six threads, 256 tokens of
-prompt and 64 of answer) and a Raspberry Pi 5, and leaves out one model at a time, then one phone at a time. ``--write`` writes the coefficients
-that ship. What was measured with types or layers that cannot be exported here is left out.
+prompt and 64 of answer) and a Raspberry Pi 5, and leaves out one model at a time, then one phone at a time. ``--write`` writes the
+coefficients that ship. What was measured with types or layers that cannot be exported here is left out.
 
     CDCDA_DATA=... python benchmarks/phone_prediction.py [--write]
 """
@@ -32,8 +32,8 @@ Row = Mapping[str, Any]
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "cdcda_mobile" / "phone" / "roofline.json"
 SOURCE = (
-    "PocketPal's published baselines (github.com/a-ghorbani/pocketpal-ai, e2e/baselines/benchmark, 2026-05): llama.cpp on the CPU, six threads; "
-    "and, among what stands for chips without measurements, one of a Raspberry Pi 5 (Arm Learning Path on llama-roofline), four threads"
+    "PocketPal's published baselines (github.com/a-ghorbani/pocketpal-ai, e2e/baselines/benchmark, 2026-05): llama.cpp on the CPU, six "
+    "threads; and, for chips without measurements, one of a Raspberry Pi 5 (Arm Learning Path on llama-roofline), four threads"
 )
 PHONE_POSITION = 288  # in the middle of the 64 answered tokens, after 256
 EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -160,7 +160,7 @@ class Errors:
         return float(np.expm1(np.log1p(max(widths)) * _STUDENT[len(widths) - 1] / _NORMAL))
 
     def coverage(self, widths: np.ndarray, which: np.ndarray | None = None) -> tuple[float, float]:
-        """Return which part of (some of) the errors lies in the intervals of these half-widths, and the median half-width as a user sees it."""
+        """Return which part of (some of) the errors lies in intervals of these half-widths, and the median half-width as a user sees it."""
         taken = self.known if which is None else self.known & which
         factors = np.array([interval_factor(*row) for row in zip(widths, self.share, self.spread, strict=True)])[taken]
         return float(np.mean(np.abs(self.log[taken]) <= np.log(factors))), float(np.median(factors - 1 / factors) / 2)

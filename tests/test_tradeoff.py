@@ -61,6 +61,13 @@ def test_what_does_not_fit_or_was_not_measured_is_no_choice_where_there_is_anoth
     assert chosen.row is not None and chosen.row.quant == "q5_0" and "was not measured" in chosen.refused["gguf-q4_0"]
 
 
+def test_of_a_phone_whose_speed_nobody_knows_the_smallest_is_taken_that_keeps_the_person() -> None:
+    found = [row("q8_0", None, 0.001, 1.0), replace(row("q5_0", None, 0.01, 0.98), bytes=10)]
+    chosen = recommend(found, 0.0)
+    assert chosen.row == found[1] and "smallest" in chosen.why and chosen.refused["gguf-q8_0"] == "keeps the person too, but is larger"
+    assert recommend(found, 1.0).refused == dict.fromkeys(("gguf-q8_0", "gguf-q5_0"), "nothing is known of this phone's speed")
+
+
 def test_the_plot_shows_every_row_that_has_both_numbers() -> None:
     found = _with_front([row("q4_0", 60, 0.02), row("q8_0", 40, 0.001), row("int4", None, 0.01), row("f16", 20, None)])
     root = ElementTree.fromstring(front_svg([*found, replace(found[0], phone="<other>")]))

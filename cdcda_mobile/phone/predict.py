@@ -25,8 +25,8 @@ GIGA = 1e9
 WIDTH = 2048  # columns that a layer's seconds in prefill are counted in
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _ROWS_ONLY = ("per_layer_token_embd.weight",)  # a token reads one row
-# That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption, and it was measured with six
-# threads where an app takes the fast cores. A judgement, not a fit.
+# That a layer's own time is the same in small models as in those of 0.75 to 4 billion weights is an assumption, and it was measured with
+# six threads where an app takes the fast cores. A judgement, not a fit.
 _LAYER_DOUBT = 0.5
 _WHOLE = 100  # tokens a second from which on nobody wants decimals
 
