@@ -62,7 +62,7 @@ def test_what_does_not_fit_or_was_not_measured_is_no_choice_where_there_is_anoth
 
 
 def test_of_a_phone_whose_speed_nobody_knows_the_smallest_is_taken_that_keeps_the_person() -> None:
-    found = [row("q8_0", None, 0.001, 1.0), replace(row("q5_0", None, 0.01, 0.98), bytes=10)]
+    found = [row("q8_0", None, 0.001, 1.0), replace(row("q5_0", None, 0.01, 0.98), bytes=5)]
     chosen = recommend(found, 0.0)
     assert chosen.row == found[1] and "smallest" in chosen.why and chosen.refused["gguf-q8_0"] == "keeps the person too, but is larger"
     assert recommend(found, 1.0).refused == dict.fromkeys(("gguf-q8_0", "gguf-q5_0"), "nothing is known of this phone's speed")
