@@ -1,8 +1,9 @@
 """Does the teacher help? CDCDA against real records alone, another user's synthetic records, retrieval, a shared adapter, on real people.
 
 Journalists (News Category Dataset, Misra 2022, CC BY 4.0) and committers of public repositories, 20 real records each, split by time.
-All arms have the same maximum of steps, the same stopping rule and the same validation records; the teacher sees training records only.
-Everything that is chosen is in personalization.toml and chosen on the development users; the test users are run once for the table.
+All arms have the same maximum of steps, the same stopping rule and the same validation records; the teacher sees training records and,
+as the strategy ``answer`` asks, other people's inputs. Everything that is chosen is in personalization.toml and was chosen on the
+development users; the published table is the test users' one run under those settings.
 
 Every measurement is a small JSON in results/personalization/TASK/USER/ARM-SEED.json as soon as it is made, so a run can be stopped at any
 time; ``report`` makes tables of them and refuses what is incomplete or was measured in two ways. The teacher's answers and the adapters
@@ -40,6 +41,7 @@ FIGURES = {  # figure: the arms whose difference it is, and what the second is c
     "cdcda_minus_other_user_nll": ("cdcda", "cdcda-other", "with another user's synthetic records"),
     "selection_gain_nll": ("cdcda", "cdcda-unselected", "with unselected synthetic records"),
     "shared_cdcda_minus_shared_nll": ("shared+cdcda", "shared", "a shared adapter, CDCDA on top of it"),
+    "shared_cdcda_minus_shared_real_nll": ("shared+cdcda", "shared+personal", "real records on top of a shared adapter, CDCDA there"),
     "cdcda_minus_bm25_nll": ("cdcda", "bm25", "retrieval (BM25)"),
     "cdcda_minus_rule_nll": ("cdcda", "rule", "a rule"),  # which has no likelihood: the metric alone
     "cdcda_minus_base_nll": ("cdcda", "base", "the base"),
@@ -163,7 +165,12 @@ def report(settings: dict[str, Any], data: Path, seeds: Sequence[int], tasks: Se
         figures |= {f"{path.stem}_{name}_agreement": value for name, value in agreed.items()}
     write_atomic(RESULTS / "personalization.svg", plot, mode=0o644)
     attempts = attempts_table(settings)
-    print_table(["task", "attempt", "arm", "metric", "mean", "development users"], attempts)
+    head = ["task", "attempt", "arm", "metric", "mean", "development users"]
+    print_table(head, attempts)
+    lines = [head, ["---"] * len(head), *([*map(str, row[:4]), f"{row[4]:.3f}", str(row[5])] for row in attempts)]
+    tried = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    page = f"# Personalization: every arm, every comparison, every attempt\n\n{markdown}\n\n## Attempts on development users\n\n{tried}\n"
+    write_atomic(RESULTS / "personalization.md", page, mode=0o644)
     raw = {"settings": settings, "seeds": list(seeds), "measured_on": machines, **data_of_tables, "attempts": attempts}
     curve = settings["curve"]
     if (RESULTS / CURVE).exists():
