@@ -13,6 +13,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from laboratory import RESULTS
 
@@ -22,7 +23,7 @@ _TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _HEAD = """# Benchmarks
 
 One script for each claim; `python benchmarks/NAME.py` measures, prints a table and writes `results/NAME.json` (figures, raw samples,
-versions, hardware). `--quick` is a short look whose results do not count. Machines are shared and noisy: what compares is measured in one
+versions, hardware); `--help` says what else it needs. `--quick` is a short look whose results do not count. Machines are shared and noisy: what compares is measured in one
 run, in pairs, and given as a ratio of medians. This page is made by `python benchmarks/summary.py`.
 """
 
@@ -34,13 +35,21 @@ def _claim(name: str) -> str:
     return (text or name).split("\n")[0]
 
 
+def _where(result: dict[str, Any]) -> str:
+    """Return where a result was measured: where it was written, unless it says otherwise."""
+    elsewhere = [machine for machines in result["raw"].get("measured_on", {}).values() for machine in machines]
+    machines = elsewhere or [result["hardware"]]
+    return "; ".join(
+        dict.fromkeys(f"{one.get('gpu') or one['processor']}, {one['cores']} cores, {one['memory_gb']} GB" for one in machines)
+    )
+
+
 def render() -> str:
     """Return the page."""
     parts = [_HEAD]
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        hardware = result["hardware"]
-        where = f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB, {result['date']}"
+        where = f"{_where(result)}, {result['date']}"
         rows = [f"| {name} | {'not measured' if value is None else f'{value:.4g}'} |" for name, value in result["figures"].items()]
         plot = [f"![{path.stem}](results/{path.stem}.svg)", ""] if path.with_suffix(".svg").exists() else []
         parts.append("\n".join([f"## {path.stem}", "", _claim(path.stem), "", f"| {where} | |", "|---|---|", *rows, "", *plot]))
