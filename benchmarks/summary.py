@@ -23,8 +23,8 @@ _TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _HEAD = """# Benchmarks
 
 One script for each claim; `python benchmarks/NAME.py` measures, prints a table and writes `results/NAME.json` (figures, raw samples,
-versions, hardware); `--help` says what else it needs. `--quick` is a short look whose results do not count. Machines are shared and noisy: what compares is measured in one
-run, in pairs, and given as a ratio of medians. This page is made by `python benchmarks/summary.py`.
+versions, hardware); `--help` says what else it needs. `--quick` is a short look whose results do not count. Machines are shared and
+noisy: what compares is measured in one run, in pairs, and given as a ratio of medians. This page is made by `python benchmarks/summary.py`.
 """
 
 
