@@ -182,11 +182,19 @@ examples:
 """
 
 
+# A test holds the names to evaluation/arms.py, which imports too much for --help.
+_ARMS = (
+    "comma-separated, of: base, rule, bm25, shared, personal, cdcda, cdcda-other, shared+personal, shared+cdcda; the last model is "
+    "compared with every other arm (default: base,rule,bm25,personal,cdcda, "
+    "with --warm-start base,rule,bm25,shared,shared+personal,shared+cdcda)"
+)
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} --user ID [options]\n       {parser.prog} --users FILE|all [options]"
     parser.description = "Measure the personal model against what is cheaper, on held-out records.\n\n" + _EVAL_EXAMPLES
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--arms", default="", metavar="LIST", help="comma-separated; the last one is compared with every other model")
+    what.add_argument("--arms", default="", metavar="LIST", help=_ARMS)
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each arm (default: 1)")
     what.add_argument("--canary", action="store_true", help="plant secrets in a copy of the training records and ask the artifact for them")
     what.add_argument("--predictions", type=Path, metavar="DIR", help="write answers to LaMP's questions in its own format")

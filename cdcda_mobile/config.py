@@ -70,12 +70,12 @@ class AugmentConfig:
     per_real: float = setting(4.0)
     # Candidates for each record that is kept: the best of them are. And which part of them likeness leaves for diversity to choose from.
     pool: float = setting(1.5)
-    likeness: str = setting("", "how candidates are ranked: adapter (as much likelier under the user's own adapter) or nothing", "HOW")
+    likeness: str = setting("", "adapter: rank candidates by how much the user's own adapter favours them (default: no ranking)", "HOW")
     alike: float = setting(0.8)
     strategies: list[str] = setting(["counterpart", "new"])
     # Rules that are left out, by name (cdcda_mobile/augmentation/select.py).
     without: list[str] = setting([])
-    inputs: str = setting("", "JSONL of others' inputs ({task, input}) to answer in the user's voice", "FILE")
+    inputs: str = setting("", "JSONL {task, input} of others' inputs; needs 'answer' in augment.strategies of a --recipe", "FILE")
     style: bool = setting(True)
     examples: int = setting(12)
     temperature: float = setting(0.9)
@@ -83,7 +83,7 @@ class AugmentConfig:
     max_tokens: int = setting(160)
     max_attempts: int = setting(6)
     near_duplicate: float = setting(0.6)
-    redact: bool = setting(False, "hide names, addresses, numbers and secrets from the teacher (docs/privacy.md)")
+    redact: bool = setting(False, "hide structured identifiers, secrets and many names from the teacher (docs/privacy.md says how many)")
     redact_names: str = setting("", "spaCy pipeline that finds names for --redact, or plain (default: the best here)", "NAME")
 
     def __post_init__(self) -> None:

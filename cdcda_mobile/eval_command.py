@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Ready = tuple[Pipeline, Person]
 
-_PLAIN_ARMS = ("base", "rule", "bm25", "personal", "cdcda")
-_SHARED_ARMS = ("base", "rule", "bm25", "shared", "shared+personal", "shared+cdcda")
+PLAIN_ARMS = ("base", "rule", "bm25", "personal", "cdcda")
+SHARED_ARMS = ("base", "rule", "bm25", "shared", "shared+personal", "shared+cdcda")
 
 
 def evaluate(arguments: argparse.Namespace, configs: Configs) -> int:
@@ -115,6 +115,8 @@ def same_budget(people: Sequence[Person], config: TrainConfig) -> TrainConfig:
 def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, progress: Progress) -> None:
     from cdcda_mobile.evaluation.arms import with_others
     from cdcda_mobile.evaluation.experiment import FLOAT, Experiment, Settings
+    from cdcda_mobile.history import open_source
+    from cdcda_mobile.sources.lamp import LampSource
 
     job, people = ready[0][0].job, [person for _, person in ready]
     folders = {person.user: pipeline.directory / "eval" for pipeline, person in ready}
@@ -131,7 +133,9 @@ def _compare(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, 
     asked = {} if arguments.predictions is None else _questions(people, arguments.predictions)
     cells = experiment.run(arms, range(job.seed, job.seed + arguments.seeds))
     if arguments.predictions is not None:
-        _write_predictions(experiment, arms, job.seed, arguments.predictions, asked)
+        source = open_source(job.history)
+        names = source.scored_as() if isinstance(source, LampSource) else {}
+        _write_predictions(experiment, arms, job.seed, arguments.predictions, asked, names)
     out = folders[people[0].user] if arguments.user is not None else job.workspace / TOGETHER
     report = _report(cells, arms)
     make_private(out)
@@ -150,7 +154,7 @@ def _arms(given: str, shared: Path | None, people: Sequence[Person]) -> list[str
     from cdcda_mobile.evaluation.arms import get_arm
 
     named = dict.fromkeys(name.strip() for name in given.split(",") if name.strip())
-    names = list(named or (_SHARED_ARMS if shared else _PLAIN_ARMS))
+    names = list(named or (SHARED_ARMS if shared else PLAIN_ARMS))
     synthetic = all("selected" in person.synthetic for person in people)
     if not given and not synthetic:  # --keep 0
         names = [name for name in names if not get_arm(name).synthetic]
@@ -179,12 +183,23 @@ def _report(cells: Sequence[Cell], arms: Sequence[str]) -> dict[str, Any]:
     models = [name for name in arms if not get_arm(name).rule]
     kinds = dict.fromkeys(cell.precision for cell in cells if not get_arm(cell.arm).rule)
     pairs = [(Arm(models[-1], kind), Arm(rival, kind)) for kind in kinds for rival in models[:-1]]
-    comparisons = compare_arms(cells, pairs, metrics)
+    pairs += [(Arm(models[-1], kind), Arm(rule, "none")) for kind in kinds for rule in arms if get_arm(rule).rule]
+    comparisons = compare_arms(comparable(cells), pairs, metrics)
     markdown = f"{arms_markdown(rows)}\n{comparisons_markdown(comparisons)}"
     if len({cell.user for cell in cells}) == 1:
         markdown += "\nOne user: differences without intervals prove nothing; --users gives them.\n"
     found = {"json": as_json(cells, rows, comparisons), "markdown": markdown, "svg": forest_svg(comparisons)}
     return found | {"overview": overview(cells)}
+
+
+def comparable(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells but those of a rule on tasks where it has no answer for some user, who has no record to read it off."""
+    from cdcda_mobile.evaluation.arms import get_arm
+
+    users: dict[tuple[str, bool], set[str]] = {}
+    for cell in cells:
+        users.setdefault((cell.task, get_arm(cell.arm).rule), set()).add(cell.user)
+    return [cell for cell in cells if not get_arm(cell.arm).rule or users[cell.task, True] == users.get((cell.task, False))]
 
 
 def _questions(people: Sequence[Person], out: Path) -> dict[str, list[str]]:
@@ -209,8 +224,13 @@ def _questions(people: Sequence[Person], out: Path) -> dict[str, list[str]]:
     return asked
 
 
-def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, out: Path, asked: Mapping[str, Sequence[str]]) -> None:
-    """Write the answers to LaMP's own questions in its prediction format, one file for each task, model and precision."""
+def _write_predictions(
+    experiment: Experiment, arms: Sequence[str], seed: int, out: Path, asked: Mapping[str, Sequence[str]], names: Mapping[str, str]
+) -> None:
+    """Write the answers to LaMP's own questions in its prediction format, one file for each task, model and precision.
+
+    Inside it a task has the name that it has in LaMP's files of golds (``names``): the scorer accepts no other.
+    """
     from cdcda_mobile.evaluation.arms import get_arm
     from cdcda_mobile.evaluation.predictions import write_predictions
 
@@ -222,7 +242,7 @@ def _write_predictions(experiment: Experiment, arms: Sequence[str], seed: int, o
             if lamp and record.id.startswith("q"):
                 found.setdefault((lamp.name, f"{arm}-{precision}"), {})[record.id[1:]] = answer
     for (task, name), given in found.items():
-        write_predictions(out / task / f"{name}.json", task, given, asked[task])
+        write_predictions(out / task / f"{name}.json", names.get(task, task), given, asked[task])
 
 
 def _ask_for_canaries(ready: Sequence[Ready], base: Base, arguments: argparse.Namespace, progress: Progress) -> None:

@@ -15,13 +15,14 @@ Metric = Literal["text", "label", "rating"]
 
 @dataclass(frozen=True)
 class Lamp:
-    """How one dataset of the benchmark holds a task: how its questions begin and what its profile items are pairs of."""
+    """How one dataset of the benchmark holds a task: ``tasks.toml`` explains the fields."""
 
     name: str
     task: str
     question: re.Pattern[str]
     profile: tuple[str, str]
     profile_task: str
+    query: re.Pattern[str] | None = None
 
     def asked(self, text: str) -> str:
         """Return a question without the words of its template; our own prompt is put around it later."""
@@ -45,16 +46,28 @@ class Task:
     teaches: str = ""
     lamp: Lamp | None = None
 
+    @property
+    def told_by(self) -> tuple[str, ...]:
+        """The tasks whose records tell of the person where this one is asked: itself, what a profile holds, texts without an input."""
+        profile = self.lamp.profile_task if self.lamp else ""
+        return tuple(dict.fromkeys(filter(None, (self.name, profile, self.completion))))
+
     def prompt(self, text: str) -> str:
         """Return the user's turn for one input."""
         return self.instruction.replace("{input}", text)
+
+    def query(self, text: str) -> str:
+        """Return what the past is searched for where an input is asked about."""
+        found = self.lamp.query.search(text) if self.lamp and self.lamp.query else None
+        return " ".join(found.groups()) if found else text
 
 
 def _task(name: str, row: dict[str, Any]) -> Task:
     labels, columns, lamp = tuple(row.pop("labels", ())), row.pop("columns"), row.pop("lamp", None)
     if lamp is not None:
         question = re.compile(lamp["question"], re.DOTALL)
-        lamp = Lamp(lamp["name"], name, question, tuple(lamp["profile"]), lamp.get("profile_task", name))
+        query = re.compile(lamp["query"], re.DOTALL) if "query" in lamp else None
+        lamp = Lamp(lamp["name"], name, question, tuple(lamp["profile"]), lamp.get("profile_task", name), query)
     row["instruction"] = row["instruction"].replace("{labels}", ", ".join(labels))
     row["columns"] = (tuple(columns["input"]), tuple(columns["output"]))
     return Task(name=name, labels=labels, lamp=lamp, **row)

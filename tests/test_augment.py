@@ -344,6 +344,20 @@ def test_a_weak_teacher_is_asked_for_inputs_to_every_real_output_in_turn() -> No
         assert set(ask.request.schema["properties"]) == {"input"}
 
 
+@pytest.mark.parametrize(("bare", "made"), [("tweet_completion", "tweet"), ("writing_completion", "writing")])
+def test_a_weak_teacher_sees_no_beginning_of_a_text_as_its_plain_wording(bare: str, made: str) -> None:
+    texts = tuple(Record(f"t{n}", f"2024-01-{1 + n:02}", bare, sentence(n)[:9], sentence(n)) for n in range(8))
+    weak = planner(texts, (), weak=True)
+    asks = [weak.ask(k) for k in range(8)]
+    assert {ask.output for ask in asks} == {text.output for text in texts}
+    for ask in asks:
+        system, asked = ask.request.messages  # no turn of an assistant's
+        assert ask.task.name == made and asked["content"].endswith(f": {ask.output}") and ask.task.input in system["content"]
+        assert [record.output for record in ask.examples] == [ask.output]
+        cut = only(" ".join(ask.output.split()[:4]))
+        assert Selector(texts, (), plain(without=["language", "length"])).judge(ask, cut).reason == "copy of an example in the prompt"
+
+
 def test_labels_follow_the_users_mix_with_examples_of_the_same_label() -> None:
     rated = planner(tuple(r for r in TRAIN if r.task == "rating"), ())
     asks = [rated.ask(k) for k in range(28)]

@@ -16,9 +16,10 @@ from cdcda_export.errors import ConfigError, WorkspaceError
 from cdcda_export.progress import Silent
 from cdcda_mobile.cli import main
 from cdcda_mobile.config import TrainConfig
-from cdcda_mobile.eval_command import same_budget
+from cdcda_mobile.eval_command import PLAIN_ARMS, SHARED_ARMS, comparable, same_budget
 from cdcda_mobile.evaluation.arms import ARMS, Person, with_others
 from cdcda_mobile.evaluation.experiment import Experiment, Settings
+from cdcda_mobile.evaluation.report import Cell
 from cdcda_mobile.history import Record
 from fake_endpoint import FakeEndpoint
 from job import KEY, USER, Desk, set_table
@@ -66,7 +67,10 @@ def test_every_arm_is_measured_in_both_precisions_and_only_numbers_are_kept(desk
         ("rule", "none"), *((arm, kind) for arm in ("base", "bm25", "personal", "cdcda") for kind in ("f16", "q4_0")),
     }  # fmt: skip
     assert {cell["task"] for cell in report["cells"]} == {"headline", "rating"}
-    assert {(c["a"]["name"], c["b"]["name"]) for c in report["comparisons"]} == {("cdcda", rival) for rival in ("base", "bm25", "personal")}
+    rivals = {(c["a"]["name"], c["b"]["name"], c["b"]["precision"]) for c in report["comparisons"]}
+    assert rivals == {("cdcda", rival, kind) for rival in ("base", "bm25", "personal") for kind in ("f16", "q4_0")} | {
+        ("cdcda", "rule", "none")
+    }
     written = "".join(path.read_text() for path in (desk.run / "eval").glob("*.json"))
     history = [json.loads(line) for line in (desk.run / "history" / "test.jsonl").read_text().splitlines()]
     assert not [row["input"] for row in history if row["input"] in written]
@@ -82,6 +86,24 @@ def test_every_arm_is_measured_in_both_precisions_and_only_numbers_are_kept(desk
     assert max(map(len, said[:-1])) < 100 and said[-1].endswith("eval.md")
     again = main(["eval", *desk.arguments(), "--json"])  # nothing is trained or measured again
     assert again == 0 and json.loads(capsys.readouterr().out)["cells"] == report["cells"]
+
+
+def test_a_rule_is_compared_where_it_answers_for_everybody() -> None:
+    def cell(task: str, user: str, arm: str) -> Cell:
+        return Cell(task, user, arm, 0, "none" if arm == "rule" else "f16", None, 0, {"accuracy": 1.0}, 1, "")
+
+    cells = [cell(task, user, arm) for task in ("tweet", "rating") for user in ("ann", "bob") for arm in ("rule", "personal")]
+    fewer = [one for one in cells if (one.task, one.user, one.arm) != ("tweet", "ann", "rule")]
+    assert comparable(cells) == cells
+    assert [one for one in fewer if one not in comparable(fewer)] == [cell("tweet", "bob", "rule")]
+
+
+def test_help_names_the_arms_and_the_defaults(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert f"of:{','.join(name for name in ARMS if name != 'cdcda-unselected')};" in said
+    assert f"(default:{','.join(PLAIN_ARMS)},with--warm-start{','.join(SHARED_ARMS)})" in said
 
 
 def test_arms_share_steps_and_looks(desk: Desk) -> None:
@@ -154,19 +176,19 @@ def test_canaries_are_planted_beside_the_user_and_asked_for(desk: Desk, tmp_path
 def test_predictions_have_lamps_own_form(desk: Desk, tmp_path: Path, capsys: Capture) -> None:
     assert main(["eval", *desk.arguments(), "--predictions", str(tmp_path / "out")]) == 2
     assert "none of these test records is a question of the benchmark's" in capsys.readouterr().err
-    folder = tmp_path / "LaMP_4" / "train"
+    folder = tmp_path / "LaMP_2" / "train"
     folder.mkdir(parents=True)
-    profile = [{"id": f"p{n}", "text": f"text {n} of it", "title": f"title {n}"} for n in range(12)]
-    asked = {"id": "110", "input": "Generate a headline for the following article: the last text", "profile": profile}
+    profile = [{"id": f"p{n}", "text": f"text {n} of it", "category": "sports"} for n in range(12)]
+    asked = {"id": "110", "input": "Which category does this article relate to? article: the last text", "profile": profile}
     (folder / "train_questions.json").write_text(json.dumps([asked]))
-    (folder / "train_outputs.json").write_text(json.dumps({"task": "LaMP_4", "golds": [{"id": "110", "output": "gold"}]}))
+    (folder / "train_outputs.json").write_text(json.dumps({"task": "LaMP_2", "golds": [{"id": "110", "output": "travel"}]}))
     recipe = tmp_path / "short.toml"
     recipe.write_text("[history]\nmin_records = 5\n[train]\nrank = 2\nepochs = 1\n[export]\nanswer_tokens = 4\n")
-    job = ["--user", "110", "--data", str(tmp_path / "LaMP_4"), "--base", str(desk.base), "--recipe", str(recipe), "--keep", "0"]
+    job = ["--user", "110", "--data", str(tmp_path / "LaMP_2"), "--base", str(desk.base), "--recipe", str(recipe), "--keep", "0"]
     assert main(["eval", *job, "--workspace", str(tmp_path / "runs"), "--predictions", str(tmp_path / "out"), "--quiet"]) == 0
-    written = json.loads((tmp_path / "out" / "LaMP_4" / "personal-q4_0.json").read_text())
-    assert written["task"] == "LaMP_4" and [gold["id"] for gold in written["golds"]] == ["110"]
-    assert set(ARMS) >= {path.stem.rsplit("-", 1)[0] for path in (tmp_path / "out" / "LaMP_4").iterdir()}
+    written = json.loads((tmp_path / "out" / "LaMP_2N" / "personal-q4_0.json").read_text())
+    assert written["task"] == "LaMP_2" and [gold["id"] for gold in written["golds"]] == ["110"]  # the name that LaMP's scorer looks for
+    assert set(ARMS) >= {path.stem.rsplit("-", 1)[0] for path in (tmp_path / "out" / "LaMP_2N").iterdir()}
 
 
 @pytest.mark.parametrize(

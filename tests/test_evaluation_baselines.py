@@ -18,8 +18,11 @@ from cdcda_mobile.evaluation.baselines import (
     retrieval_probes,
     retrieval_turn,
 )  # fmt: skip
-from cdcda_mobile.history import Record
+from cdcda_mobile.history import Record, read_history
+from cdcda_mobile.sources.lamp import DATASETS
 from cdcda_mobile.tasks import get_task
+from history_rows import config
+from test_sources_lamp import GOLD, item, question, write
 
 DOCUMENTS = ["the cat sat on the mat", "the dog chased the cat", "a bird sang at dawn", "the mat was red", "dogs and cats and birds"]
 
@@ -54,6 +57,41 @@ def test_the_past_is_searched_within_the_task() -> None:
     assert [r.id for r in past.nearest(record(9, "headline", "another barge sank", "?"), 1)] == ["r1"]
     assert [r.id for r in past.nearest(record(9, "headline", "unheard Fair", "?"), 1)] == ["r2"]  # an output is searched too
     assert past.nearest(record(9, "commit", "a.py", "?"), 2) == []
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_question_of_lamps_is_asked_with_what_its_profile_tells(name: str, tmp_path: Path) -> None:
+    write(tmp_path, "train", name, [question(name, 110, [item(name, number) for number in (1, 2)])], {"110": GOLD.get(name, "gold")})
+    *profile, asked = read_history("110", config(tmp_path)).records
+    turn = retrieval_turn(asked, Past(profile).nearest(asked, 4))
+    assert turn.endswith(f". {get_task(asked.task).prompt(asked.input)}") and asked.task == DATASETS[name].task
+    told = {
+        "LaMP_1": '"title 2", and "title 1" are written by this person. ',
+        "LaMP_7": '"this is tweet number 2 of mine", and "this is tweet number 1 of mine" are written by this person. ',
+    }
+    assert turn.startswith(told.get(name, turn)) and all(past.output in turn for past in profile)
+
+
+def test_papers_are_searched_for_the_candidates_and_tweets_as_a_whole() -> None:
+    papers = [
+        record(1, "paper_title", "an author who writes", "which reference"),
+        record(2, "paper_title", "of winches", "Rope"),
+        record(3, "paper_title", "of locks", "Water"),
+        record(4, "paper_title", "of gulls", "Sky"),
+    ]
+    asked = 'For an author who has written the paper with the title "gulls", which reference is related? [1]: "On winches" [2]: "Of Rope"'
+    assert [r.id for r in Past(papers).nearest(record(9, "citation", asked, "[1]"), 1)] == ["r2"]
+    tweets = [
+        record(1, "tweet_completion", "the barge", "the barge sank at noon"),
+        record(2, "tweet", "a plain word", "barge ahoy"),
+        record(3, "tweet_completion", "so it", "so it goes"),
+    ]
+    tweet = record(9, "tweet", "it went down at noon", "?")
+    shown = Past(tweets).nearest(tweet, 3)
+    assert shown[0].id == "r1" and {r.id for r in shown} == {"r1", "r2", "r3"}
+    assert retrieval_turn(tweet, [tweets[1], tweets[0]]).startswith(
+        '"barge ahoy" is the tweet for "a plain word", and "the barge sank at noon" is written by this person. '
+    )
 
 
 @pytest.mark.parametrize(

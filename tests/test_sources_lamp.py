@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cdcda_export.errors import ConfigError, DataError, FileError, UnknownUser
-from cdcda_mobile.history import Malformed, list_users, read_history, split_by_time
+from cdcda_mobile.history import Malformed, list_users, open_source, read_history, split_by_time
 from cdcda_mobile.sources import json_stream
 from cdcda_mobile.sources.json_stream import iter_json_array
-from cdcda_mobile.sources.lamp import DATASETS
+from cdcda_mobile.sources.lamp import DATASETS, LampSource
 from cdcda_mobile.sources.records import beginning_of
 from cdcda_mobile.tasks import TASKS
 from history_rows import config
@@ -187,6 +187,19 @@ def test_tasks_and_splits_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "time", "train", "LaMP_4", [question("LaMP_4", 1, [item("LaMP_4", 1, "2015")], "u")])
     with pytest.raises(ConfigError, match="user split and of the time split"):
         read_history("1", config(tmp_path, task="headline"))
+
+
+def test_a_dataset_has_the_name_of_its_outputs_files(tmp_path: Path) -> None:
+    write(tmp_path / "LaMP_2", "train", "LaMP_2", [question("LaMP_2M", 1, [item("LaMP_2M", 1)])], {"1": "action"})
+    write(tmp_path / "LaMP_4", "train", "LaMP_4", [question("LaMP_4", 1, [item("LaMP_4", 1)])])
+    for task, names in (("movie_tag", {"LaMP_2M": "LaMP_2"}), ("headline", {})):
+        source = open_source(config(tmp_path, task=task))
+        assert isinstance(source, LampSource) and source.scored_as() == names
+    outputs = tmp_path / "LaMP_2" / "train_outputs.json"
+    for text in ('[{"id": "1", "output": "action"}]', '{"golds": []}', '{"golds": [], "task": 2}'):
+        outputs.write_text(text)
+        source = open_source(config(tmp_path / "LaMP_2"))
+        assert isinstance(source, LampSource) and source.scored_as() == {}
 
 
 def test_both_kinds_of_lamp_2(tmp_path: Path) -> None:

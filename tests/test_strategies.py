@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,52 +171,65 @@ def test_the_teachers_part_of_the_card() -> None:
 
 def test_the_card_is_asked_for_once_and_stands_in_every_request(tmp_path: Path) -> None:
     with serving() as endpoint:
-        run(endpoint, tmp_path, plain(style=True))
+        first = run(endpoint, tmp_path, plain(style=True))
+        assert first.paid_requests == len(endpoint.requests)
         cards = [body for body in endpoint.requests if "subjects" in json.dumps(body["response_format"])]
         assert len(cards) == 2  # two tasks
         others = [body for body in endpoint.requests if body not in cards]
         assert all("What marks this person:" in body["messages"][0]["content"] for body in others)
         endpoint.requests.clear()
-        run(endpoint, tmp_path, plain(style=True))
+        assert run(endpoint, tmp_path, plain(style=True)).paid_requests == 0
         assert endpoint.requests == []
 
 
 # What would be sent.
 
 
-def test_shown_requests_are_those_that_are_sent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-nothing-0123")
+def shown(job: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main([*job, "--show-requests"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    """Four records, whatever the teacher says, asked for one after the other."""
     recipe = tmp_path / "r.toml"
-    recipe.write_text('[augment]\nkeep = 4\npool = 1.0\nwithout = ["language", "length", "copy", "duplicate", "echo", "text"]\n')
+    rules = '"language", "length", "copy", "duplicate", "echo", "text"'
+    recipe.write_text(f"[augment]\nkeep = 4\npool = 1.0\nwithout = [{rules}]\n[teacher]\nconcurrency = 1\n")
+    return ["augment", "--user", "42", "--recipe", str(recipe), "--quiet", "--workspace", str(tmp_path / "runs")]
+
+
+def test_shown_requests_are_those_that_are_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str], job: list[str]) -> None:
     with serving() as endpoint:
-        job = [
-            "augment",
-            "--user",
-            "42",
-            "--teacher-base-url",
-            endpoint.url,
-            "--teacher-model",
-            "fake-1",
-            "--recipe",
-            str(recipe),
-            "--quiet",
-        ]
-        job += ["--workspace", str(tmp_path / "runs")]
-        assert main([*job, "--show-requests"]) == 0
-        before = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        job += ["--teacher-base-url", endpoint.url, "--teacher-model", "fake-1"]
+        before = shown(job, capsys)
         assert endpoint.requests == [] and not (tmp_path / "runs").exists()
-        assert main(job) == 0
-        sent = [json.dumps(body, sort_keys=True) for body in endpoint.requests]
-        capsys.readouterr()
-        assert main([*job, "--show-requests"]) == 0
-    after = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    shown = {json.dumps(row["body"], sort_keys=True) for row in after}
-    assert shown <= set(sent) and len(sent) - len(shown) < 4  # as many threads may have asked one more
-    assert {row["to"] for row in after} == {f"{endpoint.url}/chat/completions"}
-    unwritten = [row for row in before if "the teacher's answer to the first request" in json.dumps(row["body"])]
-    assert unwritten and len(before) == len(after)
+        assert {row["to"] for row in before} == {f"{endpoint.url}/chat/completions"}
+        assert shown([*job, "--max-requests", "3"], capsys) == before[:3] and shown([*job, "--keep", "0"], capsys) == []
+        tasks = sum("subjects" in json.dumps(row) for row in before)
+        assert main([*job, "--max-requests", str(tasks + 1)]) == 0  # the cards, and one of the others
+        assert endpoint.requests[:tasks] == [row["body"] for row in before[:tasks]]
+        assert shown([*job, "--token-budget", "1"], capsys) == []
+        after = shown(job, capsys)
+        assert len(after) == len(before) - tasks - 1 and "answer to the first request" not in json.dumps(after)
+        unnamed = shown(job[:-2], capsys)
+        assert len(unnamed) == len(before) and unnamed[0]["body"]["model"] == "(the first that the endpoint lists)"
+        endpoint.requests.clear()
+        assert main([*job, "--redo", "augment"]) == 0 and endpoint.requests == [row["body"] for row in after]
+        assert shown(job, capsys) == []
+    assert len([row for row in before if "the teacher's answer to the first request" in json.dumps(row["body"])]) == 4
+
+
+@pytest.mark.parametrize(("server", "form"), [("off", "json_object"), (sys.executable, "json_schema")])
+def test_a_local_teacher_is_asked_in_its_own_form(
+    server: str, form: str, job: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDCDA_LLAMA_SERVER", server)
+    rows = shown(job, capsys)
+    assert len(rows) == 4 and {row["to"] for row in rows} == {"this machine"}
+    assert {row["body"]["response_format"]["type"] for row in rows} == {form} and rows[0]["body"]["repeat_penalty"] == 1.1
+    assert ("cache_prompt" in rows[0]["body"]) == (server != "off")
 
 
 # Selection.

@@ -42,11 +42,13 @@ class Desk:
 
     Attributes:
         cards: the answers that style cards were made of.
+        cards_paid: how many of them were asked for in this run.
     """
 
     def __init__(self, hired: Hired, log: AnswerLog, budget: Budget) -> None:
         self.hired, self.budget, self._log = hired, budget, log
         self.cards: list[Answer] = []
+        self.cards_paid = 0
         self._started = False
 
     def key(self, request: Request) -> str:

@@ -72,8 +72,8 @@ class Rejected:
 class AugmentResult:
     """What an augmentation gave and what it cost.
 
-    ``requests`` were judged, ``paid_requests`` of them were sent in this run (the rest was answered before); the tokens are those of the
-    judged ones and of the style card; ``wanted`` is how many were to be kept, ``stopped`` is '' or what ended it before that;
+    ``requests`` were judged; ``paid_requests`` were sent in this run, those for style cards and those ahead of need too; the tokens are
+    those of the judged ones and of the style cards; ``wanted`` is how many were to be kept, ``stopped`` is '' or what ended it before that;
     ``redacted`` counts hidden values by kind.
     """
 
@@ -167,7 +167,7 @@ def augment(
         kept=kept,
         rejected=rejected,
         requests=len(asking.judged),
-        paid_requests=asking.paid,
+        paid_requests=asking.paid + desk.cards_paid,
         prompt_tokens=asking.prompt_tokens + sum(answer.prompt_tokens for answer in desk.cards),
         completion_tokens=asking.completion_tokens + sum(answer.completion_tokens for answer in desk.cards),
         seconds=time.monotonic() - began,
@@ -220,6 +220,7 @@ def _at_once(request: Request, desk: Desk, progress: Progress) -> str:
         desk.start_teacher()
         progress.start("reading the user's style")
         answer = desk.pay(request)
+        desk.cards_paid += 1
         progress.done()
     desk.cards.append(answer)
     return answer.text

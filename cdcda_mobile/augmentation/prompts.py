@@ -10,7 +10,7 @@ The strategies, each a way to make a record:
 * ``answer``: a real input of somebody else's (``augment.inputs``), one that is like the user's own, answered in the user's voice.
 
 All requests about one task begin with the same turn: who the person is and the records that show it best. The embedded teacher, too
-small for that, sees a few examples as turns of the chat, and is asked for inputs only.
+small for that, sees a few examples as turns of the chat, and is asked for inputs only; of texts without an input there are no examples.
 """
 
 from __future__ import annotations
@@ -246,7 +246,12 @@ class Planner:
     # The embedded teacher.
 
     def _few(self, subject: _Subject, near: Record, chance: random.Random) -> tuple[Record, ...]:
-        """Return a few records for turns of the chat: those with the label that is asked for, else any but the one that is asked about."""
+        """Return a few records for turns of the chat: those with the label that is asked for, else any but the one that is asked about.
+
+        Texts without an input are no examples, for nobody wrote their plain wording: then the one that is asked about stands alone.
+        """
+        if not subject.paired:
+            return (near,)
         count = min(_TURNS, self._config.examples)
         if subject.labels is None:
             others = [record for record in subject.records if record is not near] or [near]
@@ -258,13 +263,17 @@ class Planner:
 
     def _few_shot(self, subject: _Subject, shown: Sequence[Record], output: str) -> list[dict[str, str]]:
         task = subject.task
+        asked = {"role": "user", "content": f"{task.output}: {output}"}
+        if not subject.paired:
+            how = f"in about {subject.length} words: the same facts, said as anybody would say them"
+            return [{"role": "system", "content": f"Write the {task.input} that you are given, {how}. Answer in JSON."}, asked]
         one = f"one {task.input} of about {subject.length} words"
         kind = f"You write as one particular person. For each {task.output} write {one} that leads this person to it"
         messages = [{"role": "system", "content": f"{kind}. Keep the voice, change the facts, copy nothing. Answer in JSON."}]
         for record in shown:
             messages.append({"role": "user", "content": f"{task.output}: {record.output}"})
             messages.append({"role": "assistant", "content": json.dumps({"input": clipped(record.input)}, ensure_ascii=False)})
-        return [*messages, {"role": "user", "content": f"{task.output}: {output}"}]
+        return [*messages, asked]
 
     def _request(self, subject: _Subject, strategy: str, messages: Sequence[dict[str, str]], k: int) -> Request:
         fields = STRATEGIES[strategy].fields

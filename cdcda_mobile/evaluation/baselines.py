@@ -1,7 +1,8 @@
 """The rivals that need no training: what a personal model must beat to be worth its file.
 
-Retrieval in the manner of LaMP (Salemi et al. 2023): BM25 over the user's training records, the nearest of them written before the
-question. The rules answer without any model: a label or an opening of the user's past.
+Retrieval as in LaMP (Salemi et al. 2023): BM25 over the user's training records, the nearest of them written before the question, those
+of the question's own task as pairs, those of a task that only tells of the person (the papers of LaMP-1, the tweets of LaMP-7) as texts
+that the person wrote. The rules answer without any model: a label or an opening of the user's past.
 """
 
 from __future__ import annotations
@@ -25,16 +26,15 @@ _TOLD: dict[Metric, Callable[[Task, Record], str]] = {
 
 
 class Past:
-    """A user's training records, searched task by task.
+    """A user's training records, searched for what tells of the person where a question is asked.
 
     Args:
         train: the records.
     """
 
     def __init__(self, train: Sequence[Record]) -> None:
-        ordered = sorted(train, key=lambda record: (record.date, record.id))
-        self._records = {name: [r for r in ordered if r.task == name] for name in dict.fromkeys(r.task for r in ordered)}
-        self._indices: dict[str, Bm25] = {}
+        self._ordered = sorted(train, key=lambda record: (record.date, record.id))
+        self._indices: dict[tuple[str, ...], tuple[list[Record], Bm25]] = {}
 
     def records(self, task: str) -> list[Record]:
         """Return the records of a task by date.
@@ -42,29 +42,37 @@ class Past:
         Raises:
             DataError: there are none.
         """
-        if task not in self._records:
+        found = [record for record in self._ordered if record.task == task]
+        if not found:
             raise DataError(f"The user has no training record of the task {task}, so no rule can be read off the past.")
-        return self._records[task]
+        return found
 
     def nearest(self, record: Record, count: int) -> list[Record]:
-        """Return the records of the same task that are most like a question, nearest first.
+        """Return the records of the same task, or of one that tells of the person, that are most like a question, nearest first."""
+        task = get_task(record.task)
+        if task.told_by not in self._indices:
+            mine = [r for r in self._ordered if r.task in task.told_by]
+            self._indices[task.told_by] = mine, Bm25([_searched(r) for r in mine])
+        records, index = self._indices[task.told_by]
+        return [records[at] for at in index.nearest(task.query(record.input), count)]
 
-        Free texts are searched in input and output; a label or a score says nothing of the text.
-        """
-        if record.task not in self._records:
-            return []
-        mine = self._records[record.task]
-        if record.task not in self._indices:
-            free = get_task(record.task).metric == "text"
-            self._indices[record.task] = Bm25([f"{r.output} {r.input}" if free else r.input for r in mine])
-        return [mine[at] for at in self._indices[record.task].nearest(record.input, count)]
+
+def _searched(record: Record) -> str:
+    """Return what is searched of a record: a label or a score says nothing of the text, and the beginning of a text stands in it."""
+    task = get_task(record.task)
+    if task.teaches:
+        return record.output
+    return f"{record.output} {record.input}" if task.metric == "text" else record.input
 
 
 def retrieval_turn(record: Record, shown: Sequence[Record]) -> str:
     """Return the user's turn that asks a question after showing records of the past."""
     task = get_task(record.task)
-    told = ", and ".join(_TOLD[task.metric](task, past) for past in shown)
-    return f"{told}. {task.prompt(record.input)}" if told else task.prompt(record.input)
+    told = [_TOLD[task.metric](task, past) for past in shown if past.task == record.task]
+    written = [f'"{past.output}"' for past in shown if past.task != record.task]
+    if written:
+        told.append(f"{', and '.join(written)} {'are' if len(written) > 1 else 'is'} written by this person")
+    return f"{', and '.join(told)}. {task.prompt(record.input)}" if told else task.prompt(record.input)
 
 
 def retrieval_probes(

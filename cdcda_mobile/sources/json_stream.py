@@ -120,6 +120,24 @@ def iter_json_array(path: Path, key: str = "") -> Iterator[Any]:
         raise FileError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
+def json_value(path: Path, key: str) -> Any:
+    """Return the value under ``key`` of a top-level JSON object, None where there is no such key or no object.
+
+    Args:
+        path: a UTF-8 JSON file; what stands before the key is read and passed over.
+        key: the name.
+
+    Raises:
+        FileError: the file cannot be opened, or is no JSON up to the value.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            cursor = _Cursor(stream, str(path))
+            return cursor.value() if cursor.peek() == "{" and _enter(cursor, key) else None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
 def _enter(cursor: _Cursor, key: str) -> bool:
     """Move to the value of ``key`` in the object that starts here; False where the object has no such key."""
     cursor.take("{")

@@ -18,11 +18,11 @@ from typing import Any
 from cdcda_export.errors import ConfigError, DataError
 from cdcda_mobile.config import HistoryConfig
 from cdcda_mobile.sources.columns import check_map
-from cdcda_mobile.sources.json_stream import iter_json_array
+from cdcda_mobile.sources.json_stream import iter_json_array, json_value
 from cdcda_mobile.sources.records import Malformed, Row, Unusable, as_user, normal_date
 from cdcda_mobile.tasks import TASKS, Lamp
 
-_FOLDER = re.compile(r"LaMP_([1-7])([NM]?)", re.IGNORECASE)
+_FOLDER = re.compile(r"LaMP_\d[A-Z]?", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|_)(train|dev|test)_questions\.json$")
 _RANK = {"train": 1, "dev": 2, "test": 3}
 
@@ -45,16 +45,19 @@ class _File:
         for number, question in enumerate(iter_json_array(self.path), 1):
             yield f"{self.name} question {number}", question
 
+    @property
+    def outputs(self) -> Path:
+        return self.path.with_name(self.path.name.replace("_questions.json", "_outputs.json"))
+
     def owner(self, question: Any) -> str:
         """Return the user of a question, "" where it names nobody."""
         return as_user(question.get("user_id" if self.timed else "id")) if isinstance(question, dict) else ""
 
     def golds(self, wanted: set[str]) -> Iterator[tuple[str, Any]]:
         """Yield (question id, output) where the outputs file has one of the wanted questions."""
-        path = self.path.with_name(self.path.name.replace("_questions.json", "_outputs.json"))
-        if not wanted or not path.is_file():
+        if not wanted or not self.outputs.is_file():
             return
-        for gold in iter_json_array(path, key="golds"):
+        for gold in iter_json_array(self.outputs, key="golds"):
             if isinstance(gold, dict) and as_user(gold.get("id")) in wanted:
                 yield as_user(gold["id"]), gold.get("output")
 
@@ -76,16 +79,23 @@ def _recognise(path: Path, question: Any, config: HistoryConfig) -> Lamp:
     for dataset in DATASETS.values():
         if isinstance(text, str) and dataset.question.match(text):
             return dataset
-    named = _FOLDER.findall(path.as_posix())
-    if named:
-        number, kind = named[-1]
-        if number == "2" and not kind:
-            kind = "M" if '"tag"' in json.dumps(question) else "N"
-        return DATASETS[f"LaMP_{number}{kind.upper() if number == '2' else ''}"]
+    named = _FOLDER.findall(path.as_posix())[-1:]
+    by_number = [dataset for dataset in DATASETS.values() if named and dataset.name.lower().startswith(named[0][:6].lower())]
+    if by_number:
+        # Where a number has several datasets, by the letter after it, else by the fields of the profile.
+        exact = [dataset for dataset in by_number if dataset.name.lower() == named[0].lower()]
+        return (exact or [dataset for dataset in by_number if _holds(question, dataset)] or by_number)[0]
     for dataset in DATASETS.values():
         if config.task == dataset.task:
             return dataset
     raise DataError(f"The first question of {path} fits no LaMP task: name it with --task, or the folder LaMP_1 ... LaMP_7.")
+
+
+def _holds(question: Any, dataset: Lamp) -> bool:
+    """Say whether the first item of a question's profile has the fields of a dataset."""
+    profile = question.get("profile") if isinstance(question, dict) else None
+    item = profile[0] if isinstance(profile, list) and profile else None
+    return isinstance(item, dict) and {field for field in dataset.profile if field} <= item.keys()
 
 
 class LampSource:
@@ -163,6 +173,11 @@ class LampSource:
             for _, question in file.questions():
                 if owner := file.owner(question):
                     yield owner
+
+    def scored_as(self) -> dict[str, str]:
+        """Return dataset -> the name in its outputs files, under which LaMP's scorer knows it (``LaMP_2`` for either of the two)."""
+        named = {file.dataset.name: json_value(file.outputs, "task") for file in self._files if file.outputs.is_file()}
+        return {dataset: name for dataset, name in named.items() if isinstance(name, str) and name}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import cdcda_export
 import cdcda_mobile
 from cdcda_export.errors import FileError, TeacherError
 from cdcda_export.progress import Progress, Silent
-from cdcda_mobile.teachers.teacher import LOCAL_SAMPLING, NATIVE_SAMPLING, Answer, Request
+from cdcda_mobile.teachers.teacher import Answer, Request, local_form
 from cdcda_mobile.teachers.teacher_server import CONTEXT_TOKENS, KEY_VARIABLE
 
 _START_TIMEOUT_S = 180.0
@@ -267,6 +267,7 @@ class LocalTeacher:
 
         server = local_server(self._gguf, self.name, self._progress, native=self._native, slots=self._slots)
         self._server = self._stack.enter_context(server)
+        form, extra = local_form(self._native)
         self._client = OpenAITeacher(
             self._server.base_url,
             self.name,
@@ -274,8 +275,8 @@ class LocalTeacher:
             retries=1,
             stop=self._stop,
             key=self._server.key,
-            first_format="json_schema" if self._native else "json_object",  # llama-cpp-python's server knows no json_schema
-            extra=NATIVE_SAMPLING if self._native else LOCAL_SAMPLING,
+            first_format=form,
+            extra=extra,
         )
         self._stack.callback(self._client.close)
 

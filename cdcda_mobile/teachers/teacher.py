@@ -37,6 +37,15 @@ NATIVE_SAMPLING = {
 }
 
 
+def local_form(native: Path | None) -> tuple[str, dict[str, Any]]:
+    """Return how a local server is asked: the form of structured output, and fields that only it knows.
+
+    Args:
+        native: llama.cpp's server; None for llama-cpp-python's, which knows no ``json_schema``.
+    """
+    return ("json_schema", NATIVE_SAMPLING) if native else ("json_object", LOCAL_SAMPLING)
+
+
 @dataclass(frozen=True)
 class Request:
     """One question to a teacher; the answer is meant to be a function of it.
