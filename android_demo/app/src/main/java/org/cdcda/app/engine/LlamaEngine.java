@@ -126,9 +126,10 @@ public final class LlamaEngine implements Engine {
                         Timings timings = asked.measure(promptTokens, answerTokens, chance);
                         listeners.execute(() -> meter.measured(timings));
                     }
-                    return () -> meter.done("");
+                    boolean complete = !asked.isCut();
+                    return () -> meter.done(complete, "");
                 },
-                meter::done);
+                detail -> meter.done(false, detail));
     }
 
     @Override
