@@ -22,6 +22,7 @@ _FOR_TESTS = {
     "zipalign": "zipalign",
     "apksigner": "apksigner",
     "dexdump": "dexdump",
+    "mksh": "mksh",  # the shell of Android
 }
 
 

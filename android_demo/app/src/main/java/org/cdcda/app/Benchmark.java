@@ -30,6 +30,7 @@ public final class Benchmark {
     private final List<Timings> measured = new ArrayList<>();
     private final List<Listener> watching = new CopyOnWriteArrayList<>();
     private boolean isRunning;
+    private boolean isComplete;
     private String failure = "";
     private Model model;
     private int threads;
@@ -55,6 +56,11 @@ public final class Benchmark {
         return failure;
     }
 
+    /** Whether it was ended before it was over, by the user or because the app went out of sight. */
+    public boolean isCut() {
+        return model != null && !isRunning && !isComplete && failure.isEmpty();
+    }
+
     public List<Timings> measured() {
         return Collections.unmodifiableList(measured);
     }
@@ -63,6 +69,7 @@ public final class Benchmark {
     public void run(int minutes) {
         measured.clear();
         failure = "";
+        isComplete = false;
         isRunning = true;
         model = session.status().model();
         threads = session.cores().size();
@@ -74,8 +81,9 @@ public final class Benchmark {
             }
 
             @Override
-            public void done(String detail) {
+            public void done(boolean complete, String detail) {
                 isRunning = false;
+                isComplete = complete;
                 failure = detail;
                 tell();
             }
@@ -127,11 +135,16 @@ public final class Benchmark {
                     .put("prompt_tokens", PROMPT)
                     .put("answer_tokens", ANSWER)
                     .put("threads", threads)
+                    .put("complete", isComplete)
                     .put("prefill_tokens_per_second", prefill)
                     .put("decode_tokens_per_second", decode);
             if (model != null) {
                 result.put("format", model.bundle().format()).put("quant", model.bundle().quant()).put("base", model.bundle().baseName());
                 result.put("sha256", model.bundle().files().get(Bundle.MODEL).sha256());
+                Bundle.Part adapter = model.bundle().files().get(Bundle.ADAPTER);
+                if (adapter != null) {
+                    result.put("adapter_sha256", adapter.sha256());
+                }
             }
             return result.toString(2);
         } catch (JSONException error) {

@@ -41,7 +41,9 @@ public final class Session {
     /** Counts what was asked for: what an older wish found out is not told any more. */
     private int wish;
     private boolean isOpen;
-    /** Picked files that are not copied yet: a copy that was interrupted goes on when the app is seen again. */
+    /** What was there when a model was last chosen. */
+    private ModelStore.Found seen;
+    /** Picked files that are not copied yet: a copy that was interrupted, or had no room, goes on when the app begins anew. */
     private ModelStore.Source picked;
     private String pickedName;
 
@@ -96,11 +98,25 @@ public final class Session {
         watching.remove(listener);
     }
 
-    /** The app is to be seen: the model is loaded if it is not. */
+    /** The app is to be seen: the model is loaded if it is not. Where there was none, somebody may have sent one by now. */
     public synchronized void open() {
-        if (!isOpen) {
+        if (!isOpen || status.isWaiting()) {
             isOpen = true;
             begin();
+        }
+    }
+
+    /** Where there was no model: begins anew if something else is there than before, such as a model that was pushed. */
+    public synchronized void lookAgain() {
+        if (isOpen && status.isWaiting()) {
+            background.execute(() -> {
+                ModelStore.Found found = store.list();
+                synchronized (this) {
+                    if (isOpen && status.isWaiting() && !found.equals(seen)) {
+                        begin();
+                    }
+                }
+            });
         }
     }
 
@@ -118,8 +134,9 @@ public final class Session {
         begin();
     }
 
-    /** Uses another model. */
-    public void use(Model model) {
+    /** Uses another model, and no picked files that are not copied yet. */
+    public synchronized void use(Model model) {
+        picked = null;
         settings.setModel(model.key());
         restart();
     }
@@ -132,12 +149,16 @@ public final class Session {
         begin();
     }
 
-    /** Removes a model, or what is none; if it was the one in use, another one is taken. */
+    /** Removes a model, or what is none; if it was the one in use, or what stood in the way, the app looks again. */
     public void delete(File folder) {
         background.execute(() -> {
             store.delete(folder);
             synchronized (this) {
-                if (isOpen && status.model() != null && status.model().folder().equals(folder)) {
+                if (picked != null && folder.equals(store.folder(pickedName))) {
+                    picked = null; // what was copied of it so far is not wanted
+                }
+                boolean isInQuestion = status.model() == null ? !status.isBusy() : status.model().folder().equals(folder);
+                if (isOpen && isInQuestion) {
                     begin();
                 } else {
                     become(status); // a list of models is out of date
@@ -176,7 +197,9 @@ public final class Session {
                 if (!isWished(mine)) {
                     return; // it goes on with the next wish
                 }
-                forgetPicked(mineToCopy);
+                if (failed == null || !failed.isWorthAnotherTry()) {
+                    forgetPicked(mineToCopy);
+                }
                 if (failed != null) {
                     become(failed, mine);
                     return;
@@ -203,10 +226,14 @@ public final class Session {
         }
     }
 
-    /** Copies; returns what went wrong, or null. */
+    /** Copies what goes into the memory; returns what went wrong, or null. */
     private Status install(ModelStore.Source source, String name, int mine) {
         long[] told = {-1};
         try {
+            Model model = store.read(source, name);
+            if (verdict(model) == Memory.Verdict.DOES_NOT_FIT) {
+                return Status.of(Status.Stage.TOO_LARGE, model);
+            }
             store.install(
                     source,
                     name,
@@ -231,6 +258,9 @@ public final class Session {
     /** Takes the chosen model, else the first one; what the package brings and cannot be copied is no reason against another one. */
     private void choose(int mine, Status failed) {
         ModelStore.Found found = store.list();
+        synchronized (this) {
+            seen = found;
+        }
         Model model = null;
         for (Model one : found.models()) {
             boolean isChosen = one.key().equals(settings.model());

@@ -83,6 +83,17 @@ public record Status(
         return stage == Stage.ENGINE && engine.phase() == EngineState.Phase.GENERATING;
     }
 
+    /** Whether files are missing that may come from elsewhere at any time. */
+    public boolean isWaiting() {
+        return stage == Stage.NO_MODEL || stage == Stage.UNUSABLE || stage == Stage.DAMAGED;
+    }
+
+    /** Whether the same files can be used after all: with more room, or with less context. */
+    public boolean isWorthAnotherTry() {
+        return stage == Stage.TOO_LARGE
+                || stage == Stage.NOT_COPIED && trouble != StoreException.Problem.FILE_MISSING && trouble != StoreException.Problem.DAMAGED;
+    }
+
     /** Whether something is on its way, so that waiting helps. */
     public boolean isBusy() {
         return stage == Stage.LOOKING

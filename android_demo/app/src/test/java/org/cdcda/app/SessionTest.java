@@ -5,6 +5,8 @@ import static org.junit.Assert.assertFalse;
 import static org.junit.Assert.assertTrue;
 
 import java.io.File;
+import java.io.IOException;
+import java.nio.file.Files;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Deque;
@@ -37,9 +39,10 @@ public class SessionTest {
     private final Deque<Runnable> later = new ArrayDeque<>();
     private final List<Stage> stages = new ArrayList<>();
     private Session session;
+    private long room = 1L << 40;
 
     private void open(ModelStore.Source packaged) {
-        var store = new ModelStore(new File(folder.getRoot(), "own"), new File(folder.getRoot(), "pushed"));
+        var store = new ModelStore(new File(folder.getRoot(), "own"), new File(folder.getRoot(), "pushed"), () -> room);
         session = new Session(store, packaged, engine, device, settings, later::add, Runnable::run);
         session.watch(status -> stages.add(status.stage()));
         session.open();
@@ -118,12 +121,144 @@ public class SessionTest {
         open(new FakePackage(false));
         work();
         assertEquals(Stage.TOO_LARGE, session.status().stage());
+        assertFalse(stages.contains(Stage.COPYING));
         assertTrue(engine.loaded.isEmpty());
+        session.add(new FakePackage(true), "picked");
+        work();
+        assertEquals("picked", session.status().model().name());
+        assertEquals(0, session.store().list().models().size());
         settings.setContext(256);
         session.restart();
         work();
         assertEquals(Stage.ENGINE, session.status().stage());
+        assertEquals("picked", session.status().model().name());
         assertEquals(Memory.Verdict.FITS, session.verdict(session.status().model()));
+    }
+
+    @Test
+    public void aPickWithoutRoomIsCopiedWhenThereIsSome() {
+        open(new FakePackage(false));
+        work();
+        room = 0;
+        session.add(new FakePackage(true), "picked");
+        work();
+        assertEquals(StoreException.Problem.NO_SPACE, session.status().trouble());
+        room = 1L << 40;
+        session.restart();
+        work();
+        assertEquals("picked", session.status().model().name());
+    }
+
+    @Test
+    public void aPickThatCannotBeReadIsTriedAgain() {
+        open(null);
+        work();
+        var files = new FakePackage(false);
+        boolean[] isBroken = {true};
+        session.add((name, skipped) -> {
+            if (isBroken[0]) {
+                throw new IOException("the card was taken out");
+            }
+            return files.open(name, skipped);
+        }, "picked");
+        work();
+        assertEquals(Stage.NOT_COPIED, session.status().stage());
+        isBroken[0] = false;
+        session.restart();
+        work();
+        assertEquals("picked", session.status().model().name());
+    }
+
+    @Test
+    public void aPickThatIsRefusedOrLacksAFileIsForgotten() {
+        open(new FakePackage(false));
+        work();
+        var lacking = new FakePackage(true);
+        lacking.files.remove("adapter.gguf");
+        var damaged = new FakePackage(true);
+        damaged.files.put("adapter.gguf", new byte[22]);
+        for (FakePackage hopeless : List.of(lacking, damaged, new FakePackage(true).with("schema", 1))) {
+            session.add(hopeless, "picked");
+            work();
+            assertTrue(session.status().stage() == Stage.NOT_COPIED || session.status().stage() == Stage.UNUSABLE);
+            session.restart();
+            work();
+            assertEquals(ModelStore.BUNDLED, session.status().model().name());
+        }
+    }
+
+    @Test
+    public void anotherModelThatIsUsedOrADeletionTakesThePlaceOfAPickWithoutRoom() {
+        open(new FakePackage(false));
+        work();
+        Model bundled = session.status().model();
+        room = 0;
+        session.add(new FakePackage(true), "picked");
+        work();
+        session.use(bundled);
+        work();
+        assertEquals(bundled, session.status().model());
+        session.add(new FakePackage(true), "picked");
+        work();
+        assertEquals(Stage.NOT_COPIED, session.status().stage());
+        session.delete(session.store().folder("picked"));
+        work();
+        assertEquals(bundled, session.status().model());
+    }
+
+    @Test
+    public void aModelThatWasPushedIsSeenWithoutLeavingTheApp() throws Exception {
+        open(null);
+        work();
+        stages.clear();
+        session.lookAgain();
+        work();
+        assertEquals(List.of(), stages); // nothing new
+        File there = push();
+        session.lookAgain();
+        work();
+        assertEquals(Stage.UNUSABLE, session.status().stage()); // it is on its way
+        Files.write(there.toPath().resolve("bundle.json"), new FakePackage(false).files.get("bundle.json"));
+        session.lookAgain();
+        work();
+        assertEquals(Model.Origin.PUSHED, session.status().model().origin());
+        assertEquals(1, engine.loaded.size());
+        session.lookAgain();
+        session.open();
+        assertTrue(later.isEmpty()); // it is there: nothing is looked for
+    }
+
+    @Test
+    public void openingAgainLooksAgainWhereThereWasNoModel() throws Exception {
+        open(null);
+        work();
+        File there = push();
+        Files.write(there.toPath().resolve("bundle.json"), new FakePackage(false).files.get("bundle.json"));
+        session.open();
+        work();
+        assertEquals(Model.Origin.PUSHED, session.status().model().origin());
+    }
+
+    @Test
+    public void whatCannotBeUsedIsNotSpokenOfWhenItIsDeleted() throws Exception {
+        File there = push();
+        open(null);
+        work();
+        assertEquals(Stage.UNUSABLE, session.status().stage());
+        session.delete(there);
+        work();
+        assertEquals(Stage.NO_MODEL, session.status().stage());
+    }
+
+    /** A push without its last file. */
+    private File push() throws IOException {
+        File there = folder.newFolder("pushed", "42");
+        for (var file : new FakePackage(false).files.entrySet()) {
+            if (!file.getKey().equals("bundle.json")) {
+                Files.write(there.toPath().resolve(file.getKey()), file.getValue());
+            }
+        }
+        return there;
     }
 
     @Test

@@ -25,8 +25,13 @@ public interface Engine {
         /** One more measurement. */
         void measured(Answer.Timings timings);
 
-        /** The end: detail is "" unless it failed. */
-        void done(String detail);
+        /**
+         * The end.
+         *
+         * @param complete whether it was measured as often and as long as asked
+         * @param detail what failed, "" where it was ended
+         */
+        void done(boolean complete, String detail);
     }
 
     EngineState state();

@@ -23,7 +23,7 @@ public record EngineState(Phase phase, Failure failure, String detail) {
         NONE,
         /** The phone's processor has another instruction set. */
         UNSUPPORTED_CPU,
-        /** The model does not go into the memory that an app may take, or Android ended the engine for its memory. */
+        /** The model does not go into the memory that an app may take, or the engine was killed, most likely for its memory. */
         NOT_ENOUGH_MEMORY,
         /** The engine ended before it could be asked. */
         DID_NOT_START,

@@ -1,5 +1,6 @@
 package org.cdcda.app.engine;
 
+import java.io.BufferedInputStream;
 import java.io.ByteArrayOutputStream;
 import java.io.EOFException;
 import java.io.IOException;
@@ -33,8 +34,8 @@ final class Http {
         request.write(head.getBytes(StandardCharsets.US_ASCII));
         request.write(content);
         connection.out().write(request.toByteArray());
-        connection.out().flush();
-        InputStream in = connection.in();
+        // No flush: a socket keeps nothing back, and Android's flush would wait until the engine has read everything, however long.
+        InputStream in = new BufferedInputStream(connection.in());
         String[] status = line(in).split(" ", 3);
         if (status.length < 2) {
             throw new IOException("no HTTP answer");
@@ -52,7 +53,7 @@ final class Http {
         return new Response((int) number(status[1], 10), chunked ? new Chunked(in) : length >= 0 ? new Limited(in, length) : in);
     }
 
-    /** Reads a line of bytes up to CR LF; llama-server's lines are short, and one at a time is not what costs. */
+    /** Reads a line of bytes up to CR LF. */
     static String line(InputStream in) throws IOException {
         var found = new ByteArrayOutputStream();
         for (int next; (next = in.read()) != '\n'; ) {

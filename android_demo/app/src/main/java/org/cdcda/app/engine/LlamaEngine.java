@@ -126,9 +126,10 @@ public final class LlamaEngine implements Engine {
                         Timings timings = asked.measure(promptTokens, answerTokens, chance);
                         listeners.execute(() -> meter.measured(timings));
                     }
-                    return () -> meter.done("");
+                    boolean complete = !asked.isCut();
+                    return () -> meter.done(complete, "");
                 },
-                meter::done);
+                detail -> meter.done(false, detail));
     }
 
     @Override
@@ -150,7 +151,7 @@ public final class LlamaEngine implements Engine {
         socket.delete(); // of an engine that was killed
         Server started;
         try {
-            started = Server.start(command(start, socket), new File(folder, "engine.log"), status -> died(mine, status));
+            started = Server.start("sh", command(start, socket), new File(folder, "engine.log"), status -> died(mine, status));
         } catch (IOException error) {
             become(EngineState.failed(Failure.DID_NOT_START, String.valueOf(error.getMessage())), mine);
             return;

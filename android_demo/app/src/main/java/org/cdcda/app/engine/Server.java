@@ -16,7 +16,7 @@ import java.util.function.IntConsumer;
 final class Server {
     private static final String GUARD = "exec 3<&0; \"$@\" 3<&- </dev/null & engine=$!; "
             + "(read gone <&3; kill -9 $engine) 2>/dev/null & guard=$!; exec 3<&-; "
-            + "wait $engine; status=$?; kill $guard 2>/dev/null; exit $status";
+            + "trap 'kill -9 $engine; wait $engine' TERM; wait $engine; status=$?; kill $guard 2>/dev/null; exit $status";
     private static final int TAIL = 4096;
     private static final long END_MILLIS = 3000;
 
@@ -32,12 +32,13 @@ final class Server {
     /**
      * Starts a program.
      *
+     * @param shell stands between
      * @param command the program and its arguments
      * @param log receives everything it says
      * @param died told of the exit status, unless {@link #end} was the reason
      */
-    static Server start(List<String> command, File log, IntConsumer died) throws IOException {
-        List<String> guarded = new ArrayList<>(List.of("sh", "-c", GUARD, "sh"));
+    static Server start(String shell, List<String> command, File log, IntConsumer died) throws IOException {
+        List<String> guarded = new ArrayList<>(List.of(shell, "-c", GUARD, shell));
         guarded.addAll(command);
         Process process = new ProcessBuilder(guarded).redirectErrorStream(true).redirectOutput(log).start();
         var server = new Server(process, log);
@@ -85,10 +86,11 @@ final class Server {
         try {
             process.getOutputStream().close(); // the guard does the rest
         } catch (IOException error) {
-            // The guard is gone, and so is the engine.
+            // Nobody reads it any more.
         }
         if (!isGoneWithin(END_MILLIS)) {
-            process.destroyForcibly();
+            process.destroy(); // the guard was killed: the shell itself does it. Killed with -9, it would leave the engine behind
+            isGoneWithin(END_MILLIS);
         }
     }
 

@@ -16,6 +16,7 @@ public interface Transport {
 
         InputStream in() throws IOException;
 
+        /** Returns where to write; nothing is kept back until a flush. */
         OutputStream out() throws IOException;
     }
 

@@ -9,12 +9,9 @@ import java.security.MessageDigest;
 import java.security.NoSuchAlgorithmException;
 import java.util.function.BooleanSupplier;
 import java.util.function.LongConsumer;
-import java.util.function.LongSupplier;
 
 /** Copies one file of a bundle: goes on where it was stopped, and gives the file its name only when its hash is right. */
 final class Copy {
-    /** Left free on the storage. */
-    private static final long SPARE = 32L << 20;
     private static final int BUFFER = 1 << 18;
     private static final String PARTIAL = ".partial";
 
@@ -31,11 +28,10 @@ final class Copy {
      * @param source where the bytes come from
      * @param part what they must be
      * @param target where they go
-     * @param room tells how many bytes the storage has
      * @param arrived told of bytes as they arrive
      * @param stopped asked now and then
      */
-    static void copy(Source source, Bundle.Part part, File target, LongSupplier room, LongConsumer arrived, BooleanSupplier stopped) throws IOException {
+    static void copy(Source source, Bundle.Part part, File target, LongConsumer arrived, BooleanSupplier stopped) throws IOException {
         if (target.length() == part.bytes() && hash(target, stopped).equals(part.sha256())) {
             arrived.accept(part.bytes());
             return;
@@ -43,10 +39,6 @@ final class Copy {
         target.delete();
         File partial = partial(target, part);
         long there = Math.min(partial.length(), part.bytes());
-        long missing = part.bytes() - there + SPARE - room.getAsLong();
-        if (missing > 0) {
-            throw new StoreException(StoreException.Problem.NO_SPACE, part.name(), missing);
-        }
         MessageDigest digest = sha256();
         byte[] buffer = new byte[BUFFER];
         if (there > 0) {

@@ -13,6 +13,7 @@ import java.util.Arrays;
 import java.util.Comparator;
 import java.util.List;
 import java.util.function.BooleanSupplier;
+import java.util.function.LongSupplier;
 import org.cdcda.app.model.Model.Origin;
 
 /**
@@ -24,6 +25,8 @@ public final class ModelStore {
     public static final String BUNDLED = "bundled";
     private static final String CHECKED = ".checked";
     private static final int MOST_JSON = 1 << 20;
+    /** Left free on the storage. */
+    private static final long SPARE = 32L << 20;
 
     /** Files that come from somewhere else. */
     public interface Source {
@@ -44,17 +47,30 @@ public final class ModelStore {
 
     private final File own;
     private final File pushed;
+    private final LongSupplier room;
+    /** Where files are copied to at the moment, or null. */
+    private volatile File growing;
 
     /**
      * @param own a private folder
      * @param pushed where {@code cdcda push} puts models, or null where the phone has no shared storage at the moment
      */
     public ModelStore(File own, File pushed) {
-        this.own = own;
-        this.pushed = pushed;
+        this(own, pushed, own::getUsableSpace);
     }
 
-    /** Returns all models, those of the package first. */
+    /**
+     * @param own a private folder
+     * @param pushed where {@code cdcda push} puts models, or null
+     * @param room tells how many bytes the private folder's storage has
+     */
+    public ModelStore(File own, File pushed, LongSupplier room) {
+        this.own = own;
+        this.pushed = pushed;
+        this.room = room;
+    }
+
+    /** Returns all models, those of the package first; a copy that goes on is neither a model nor a broken one. */
     public Found list() {
         var found = new Found(new ArrayList<>(), new ArrayList<>());
         look(own, found, false);
@@ -62,8 +78,8 @@ public final class ModelStore {
         return found;
     }
 
-    private static void look(File parent, Found found, boolean isPushed) {
-        File[] folders = parent == null ? null : parent.listFiles(File::isDirectory);
+    private void look(File parent, Found found, boolean isPushed) {
+        File[] folders = parent == null ? null : parent.listFiles(folder -> folder.isDirectory() && !folder.equals(growing));
         if (folders == null) {
             return;
         }
@@ -96,6 +112,20 @@ public final class ModelStore {
         return !file.isFile() || !text(Files.readAllBytes(file.toPath())).equals(json(source));
     }
 
+    /** Returns where the files of a source are copied to. */
+    public File folder(String name) {
+        return new File(own, name);
+    }
+
+    /** Returns what a source becomes when it is copied. */
+    public Model read(Source source, String name) throws IOException, BundleException {
+        return model(name, json(source));
+    }
+
+    private Model model(String name, String json) throws BundleException {
+        return new Model(name, name.equals(BUNDLED) ? Origin.BUNDLED : Origin.IMPORTED, folder(name), Bundle.parse(json));
+    }
+
     /**
      * Copies a bundle into private storage.
      *
@@ -106,43 +136,69 @@ public final class ModelStore {
      */
     public Model install(Source source, String name, Progress progress, BooleanSupplier stopped) throws IOException, BundleException {
         String json = json(source);
-        Bundle bundle = Bundle.parse(json);
+        Model model = model(name, json);
+        Bundle bundle = model.bundle();
+        File folder = model.folder();
         // Before anything of an earlier model is touched.
         for (Bundle.Part part : bundle.files().values()) {
             open(source, part.name(), 0).close();
         }
         open(source, bundle.licences(), 0).close();
-        var folder = new File(own, name);
+        own.mkdirs(); // what is not there has no room
+        List<File> old = old(folder, bundle);
+        long missing = missing(folder, bundle, old);
+        if (missing > 0) {
+            throw new StoreException(StoreException.Problem.NO_SPACE, name, missing);
+        }
         if (!folder.isDirectory() && !folder.mkdirs()) {
             throw new IOException("cannot create " + folder);
         }
-        var marker = new File(folder, Bundle.FILE);
-        marker.delete();
-        clean(folder, bundle);
-        long[] done = {0};
-        for (Bundle.Part part : bundle.files().values()) {
-            Copy.copy(skipped -> open(source, part.name(), skipped), part, new File(folder, part.name()), own::getUsableSpace, count -> {
-                done[0] += count;
-                progress.at(done[0], bundle.bytes());
-            }, stopped);
+        growing = folder;
+        try {
+            var marker = new File(folder, Bundle.FILE);
+            marker.delete(); // first: what is left is no model
+            old.forEach(File::delete);
+            long[] done = {0};
+            for (Bundle.Part part : bundle.files().values()) {
+                Copy.copy(skipped -> open(source, part.name(), skipped), part, new File(folder, part.name()), count -> {
+                    done[0] += count;
+                    progress.at(done[0], bundle.bytes());
+                }, stopped);
+            }
+            write(new File(folder, bundle.licences()), read(open(source, bundle.licences(), 0)));
+            write(marker, json.getBytes(StandardCharsets.UTF_8));
+        } finally {
+            growing = null;
         }
-        write(new File(folder, bundle.licences()), read(open(source, bundle.licences(), 0)));
-        write(marker, json.getBytes(StandardCharsets.UTF_8));
-        return new Model(name, name.equals(BUNDLED) ? Origin.BUNDLED : Origin.IMPORTED, folder, bundle);
+        return model;
     }
 
-    /** Removes what belongs to another model of this name. */
-    private static void clean(File folder, Bundle bundle) {
-        File[] files = folder.listFiles();
-        for (File file : files == null ? new File[0] : files) {
-            boolean belongs = bundle.files().values().stream().anyMatch(part -> {
-                var target = new File(folder, part.name());
-                return file.equals(target) || file.equals(Copy.partial(target, part));
-            });
-            if (!belongs) {
-                file.delete();
-            }
+    /** Returns what belongs to another model of this name. */
+    private static List<File> old(File folder, Bundle bundle) {
+        List<File> old = new ArrayList<>(List.of(files(folder)));
+        for (Bundle.Part part : bundle.files().values()) {
+            var target = new File(folder, part.name());
+            old.removeIf(file -> file.equals(target) && file.length() == part.bytes() || file.equals(Copy.partial(target, part)));
         }
+        return old;
+    }
+
+    /** Returns how many bytes the storage lacks for all files of a bundle, when the old ones are gone. */
+    private long missing(File folder, Bundle bundle, List<File> old) {
+        long missing = SPARE - room.getAsLong();
+        for (Bundle.Part part : bundle.files().values()) {
+            var target = new File(folder, part.name());
+            missing += target.length() == part.bytes() ? 0 : part.bytes() - Math.min(Copy.partial(target, part).length(), part.bytes());
+        }
+        for (File file : old) {
+            missing -= file.length();
+        }
+        return missing;
+    }
+
+    private static File[] files(File folder) {
+        File[] files = folder.listFiles();
+        return files == null ? new File[0] : files;
     }
 
     /** Compares the files of a pushed model with their hashes; once, as long as they do not change. Copied ones were compared as they came. */
@@ -172,8 +228,7 @@ public final class ModelStore {
     /** Removes the folder of a model, or of what is none. */
     public void delete(File folder) {
         new File(folder, Bundle.FILE).delete(); // first: what is left is no model
-        File[] files = folder.listFiles();
-        for (File file : files == null ? new File[0] : files) {
+        for (File file : files(folder)) {
             file.delete();
         }
         folder.delete();

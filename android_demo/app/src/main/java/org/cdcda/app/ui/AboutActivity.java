@@ -50,7 +50,11 @@ public final class AboutActivity extends Page {
                         nats(checks.klGate()),
                         words.percent(checks.top1()),
                         words.percent(checks.top1Gate())));
-        addFact(R.string.about_hash, bundle.files().get(Bundle.MODEL).sha256());
+        List<String> hashes = new ArrayList<>();
+        for (Bundle.Part part : bundle.files().values()) {
+            hashes.add(part.name() + "\n" + part.sha256());
+        }
+        addFact(R.string.about_hash, String.join("\n\n", hashes));
         addFact(R.string.about_licences, licences(model) + "\n" + engineLicences());
     }
 

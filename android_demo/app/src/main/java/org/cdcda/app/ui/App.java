@@ -19,14 +19,17 @@ import org.cdcda.app.engine.Engine;
 import org.cdcda.app.engine.LlamaEngine;
 import org.cdcda.app.model.ModelStore;
 
-/** The process: one session for all screens, which ends when the app is out of sight for a while or memory is short. */
+/** The process: one session for all screens, which ends when the app is out of sight for a while, or sooner where memory is short. */
 public class App extends Application {
     private static final long PATIENCE_MILLIS = 180_000;
     /** A look at another app does not cost the model; a phone in the pocket does. */
     private static final long OUT_OF_SIGHT_MILLIS = 30_000;
+    /** How soon a pushed model is noticed where there was none. */
+    private static final long LOOK_MILLIS = 3_000;
 
     private final Handler handler = new Handler(Looper.getMainLooper());
     private final Runnable close = () -> session().close();
+    private final Runnable look = this::look;
     private Session session;
     private Writing writing;
     private Benchmark benchmark;
@@ -94,10 +97,16 @@ public class App extends Application {
     @Override
     public void onTrimMemory(int level) {
         super.onTrimMemory(level);
-        // Newer Androids say no more than that the app went to the back of the queue; soon afterwards it may be frozen with its memory.
+        // Newer Androids say no more than that the app went to the back of the queue; soon afterwards it may be frozen with its memory. In sight
+        // the model stays: Android closes other apps for it, and without it this one is of no use.
         if (level >= TRIM_MEMORY_BACKGROUND && session != null && visible == 0) {
             session.close();
         }
+    }
+
+    private void look() {
+        session().lookAgain();
+        handler.postDelayed(look, LOOK_MILLIS);
     }
 
     /** Counts the screens that can be seen. */
@@ -107,12 +116,15 @@ public class App extends Application {
             handler.removeCallbacks(close);
             visible++;
             session().open();
+            handler.removeCallbacks(look);
+            handler.postDelayed(look, LOOK_MILLIS);
         }
 
         @Override
         public void onActivityStopped(Activity activity) {
             visible--;
             if (visible == 0) {
+                handler.removeCallbacks(look);
                 handler.postDelayed(close, OUT_OF_SIGHT_MILLIS);
             }
         }

@@ -75,8 +75,8 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
     @Override
     protected void onStop() {
         benchmark.unwatch(this);
-        if (isFinishing()) {
-            benchmark.stop(); // nobody would know why the model is busy
+        if (!isChangingConfigurations()) {
+            benchmark.stop(); // out of sight Android gives slow cores, and nobody would know why the model is busy
         }
         super.onStop();
     }
@@ -97,6 +97,9 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
         int count = benchmark.measured().size();
         if (!benchmark.failure().isEmpty()) {
             addResult(R.string.benchmark, words.text(R.string.end_failed, benchmark.failure()));
+        }
+        if (benchmark.isCut()) {
+            addResult(R.string.benchmark, words.text(R.string.benchmark_cut));
         }
         if (count == 0) {
             return;
@@ -138,7 +141,8 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
         if (!isChosen || benchmark.measured().isEmpty()) { // the process may have ended behind the other app's screen
             return;
         }
-        try (OutputStream out = getContentResolver().openOutputStream(chosen.getData())) {
+        // Without the t an older, longer file keeps its end.
+        try (OutputStream out = getContentResolver().openOutputStream(chosen.getData(), "wt")) {
             if (out == null) {
                 throw new IOException(String.valueOf(chosen.getData()));
             }

@@ -17,9 +17,15 @@ public final class ModelsActivity extends Page {
     /** Where picked files go; the next pick takes their place. */
     private static final String PICKED = "picked";
 
+    private boolean isCopying;
+    private AlertDialog question;
+
     @Override
     public void changed(Status status) {
-        if (status.stage() == Status.Stage.COPYING && content.getChildCount() > 0) {
+        boolean wasCopying = isCopying;
+        isCopying = status.stage() == Status.Stage.COPYING;
+        content.setKeepScreenOn(isCopying); // a dark phone would end the copy
+        if (isCopying && wasCopying) { // the list is what it was
             Page.set(content, R.id.value, words.of(status, session));
             return;
         }
@@ -63,11 +69,19 @@ public final class ModelsActivity extends Page {
     }
 
     private void ask(String name, File folder) {
-        new AlertDialog.Builder(this)
+        question = new AlertDialog.Builder(this)
                 .setMessage(words.text(R.string.delete_question, name))
                 .setPositiveButton(R.string.delete, (dialog, which) -> session.delete(folder))
                 .setNegativeButton(R.string.keep, null)
                 .show();
+    }
+
+    @Override
+    protected void onDestroy() {
+        if (question != null) {
+            question.dismiss(); // it would hold on to a screen that was turned
+        }
+        super.onDestroy();
     }
 
     private void pick() {

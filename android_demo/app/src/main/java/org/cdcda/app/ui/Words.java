@@ -52,9 +52,7 @@ final class Words {
         return switch (status.stage()) {
             case LOOKING, COPYING, CHECKING -> Remedy.NONE;
             case NO_MODEL, UNUSABLE, DAMAGED -> Remedy.MODELS;
-            case NOT_COPIED -> status.trouble() == StoreException.Problem.FILE_MISSING || status.trouble() == StoreException.Problem.DAMAGED
-                    ? Remedy.MODELS
-                    : Remedy.TRY_AGAIN;
+            case NOT_COPIED -> status.isWorthAnotherTry() ? Remedy.TRY_AGAIN : Remedy.MODELS;
             case TOO_LARGE -> Remedy.SETTINGS;
             case ENGINE -> switch (status.engine().failure()) {
                 case NONE, UNSUPPORTED_CPU -> Remedy.NONE;

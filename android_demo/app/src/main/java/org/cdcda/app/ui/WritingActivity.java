@@ -190,7 +190,8 @@ public final class WritingActivity extends Activity implements Session.Listener,
     }
 
     private void showButton(Status status) {
-        write.setKeepScreenOn(writing.isRunning()); // a dark phone would end the answer
+        // A dark phone would end the answer, or the copy.
+        write.setKeepScreenOn(writing.isRunning() || status.stage() == Status.Stage.COPYING);
         write.setText(writing.isRunning() ? R.string.stop : R.string.write);
         write.setEnabled(writing.isRunning() || status.isReady());
         write.setAlpha(write.isEnabled() ? 1 : 0.5f);

@@ -223,20 +223,27 @@ public class LlamaEngineTest {
         await(Phase.READY);
         List<Answer.Timings> measured = new ArrayList<>();
         BlockingQueue<String> end = new LinkedBlockingQueue<>();
-        engine.measure(256, 64, 3, 0, new Engine.Meter() {
+        var meter = new Engine.Meter() {
             @Override
             public void measured(Answer.Timings timings) {
                 measured.add(timings);
             }
 
             @Override
-            public void done(String detail) {
-                end.add(detail);
+            public void done(boolean complete, String detail) {
+                end.add(complete + detail);
             }
-        });
-        assertEquals("", end.poll(20, TimeUnit.SECONDS));
+        };
+        engine.measure(256, 64, 3, 0, meter);
+        assertEquals("true", end.poll(20, TimeUnit.SECONDS));
         assertEquals(3, measured.size());
         assertEquals(40, measured.get(0).decode(), 0);
+        await(Phase.GENERATING);
+        await(Phase.READY);
+        engine.measure(256, 64, 3, 60_000, meter);
+        Thread.sleep(100);
+        engine.stop();
+        assertEquals("false", end.poll(20, TimeUnit.SECONDS));
     }
 
     /** The app's own process is killed with -9: the kernel closes the pipe, and the shell kills the engine. */

@@ -20,6 +20,7 @@ import java.util.HexFormat;
 import java.util.List;
 import java.util.Map;
 import java.util.Random;
+import org.cdcda.app.Fakes;
 import org.cdcda.app.Shared;
 import org.cdcda.app.model.Model.Origin;
 import org.cdcda.app.model.StoreException.Problem;
@@ -37,6 +38,7 @@ public class ModelStoreTest {
     public final TemporaryFolder folder = new TemporaryFolder();
 
     private final InMemory source = new InMemory();
+    private long room = 1L << 40;
     private File own;
     private File pushed;
     private ModelStore store;
@@ -65,7 +67,7 @@ public class ModelStoreTest {
     public void lay() throws Exception {
         own = new File(folder.getRoot(), "own");
         pushed = folder.newFolder("pushed");
-        store = new ModelStore(own, pushed);
+        store = new ModelStore(own, pushed, () -> room);
         byte[] model = new byte[BYTES];
         new Random(1).nextBytes(model);
         source.files.put("model.gguf", model);
@@ -157,12 +159,50 @@ public class ModelStoreTest {
 
     @Test
     public void withoutRoomItSaysHowMuchIsMissing() throws Exception {
-        var part = new Bundle.Part("model.gguf", BYTES, "0".repeat(64));
-        var full = assertThrows(
-                StoreException.class,
-                () -> Copy.copy(skipped -> source.open("model.gguf", skipped), part, folder.newFile("x"), () -> BYTES / 2, count -> {}, () -> false));
+        room = BYTES / 2;
+        var full = assertThrows(StoreException.class, this::install);
         assertEquals(Problem.NO_SPACE, full.problem());
         assertEquals(BYTES / 2 + (32L << 20), full.bytes());
+        assertEquals(new ModelStore.Found(List.of(), List.of()), store.list());
+        room += full.bytes();
+        install();
+    }
+
+    @Test
+    public void roomIsAskedForAllFilesTogetherBeforeAnEarlierModelIsTouched() throws Exception {
+        Model before = install();
+        var both = new Fakes.FakePackage(true);
+        long needed = 0;
+        for (String name : List.of("base-q8_0.gguf", "adapter.gguf")) {
+            needed += both.files.get(name).length;
+        }
+        long freed = 0;
+        for (File file : before.folder().listFiles()) {
+            freed += file.length();
+        }
+        room = (32L << 20) + needed - freed - 1;
+        var full = assertThrows(StoreException.class, () -> store.install(both, "bundled", (done, of) -> {}, () -> false));
+        assertEquals(1, full.bytes());
+        assertEquals(List.of(before), store.list().models());
+        room++;
+        store.install(both, "bundled", (done, of) -> {}, () -> false);
+        assertTrue(store.list().models().get(0).bundle().canCompare());
+    }
+
+    @Test
+    public void whatIsThereOfACopyNeedsNoRoom() throws Exception {
+        long[] arrived = {0};
+        assertThrows(StoreException.class, () -> store.install(source, "bundled", (done, of) -> arrived[0] = done, () -> arrived[0] > BYTES / 2));
+        room = (32L << 20) + BYTES - arrived[0];
+        install();
+    }
+
+    @Test
+    public void aCopyThatGoesOnIsNotListed() throws Exception {
+        List<ModelStore.Found> seen = new ArrayList<>();
+        store.install(source, "picked", (done, of) -> seen.add(store.list()), () -> false);
+        assertEquals(new ModelStore.Found(List.of(), List.of()), seen.get(0));
+        assertEquals(1, store.list().models().size());
     }
 
     @Test

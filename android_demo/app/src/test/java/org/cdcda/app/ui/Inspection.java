@@ -10,6 +10,7 @@ import android.view.View;
 import android.view.ViewGroup;
 import android.widget.CompoundButton;
 import android.widget.EditText;
+import android.widget.ScrollView;
 import android.widget.TextView;
 import java.io.File;
 import java.io.FileOutputStream;
@@ -26,24 +27,53 @@ final class Inspection {
     private static final int LEAST_TOUCH_DP = 48;
 
     private final List<String> complaints = new ArrayList<>();
+    private final ViewGroup decor;
     private final Bitmap picture;
     private final float density;
 
-    private Inspection(Bitmap picture, float density) {
+    private Inspection(ViewGroup decor, Bitmap picture, float density) {
+        this.decor = decor;
         this.picture = picture;
         this.density = density;
     }
 
-    /** Draws a screen into target/screenshots and returns what is wrong with it. */
+    /** Draws a screen into target/screenshots, with what is below the fold, and returns what is wrong with it. */
     static List<String> of(Activity activity, String name) {
-        View decor = activity.getWindow().getDecorView();
+        var decor = (ViewGroup) activity.getWindow().getDecorView();
+        int height = decor.getHeight();
+        lay(decor, height);
+        lay(decor, height + belowTheFold(decor));
         Bitmap picture = Bitmap.createBitmap(decor.getWidth(), decor.getHeight(), Bitmap.Config.ARGB_8888);
         decor.draw(new Canvas(picture));
         save(picture, name);
-        var inspection = new Inspection(picture, activity.getResources().getDisplayMetrics().density);
+        var inspection = new Inspection(decor, picture, activity.getResources().getDisplayMetrics().density);
         View content = activity.findViewById(android.R.id.content);
         inspection.look(content);
+        lay(decor, height);
         return inspection.complaints;
+    }
+
+    private static void lay(View decor, int height) {
+        decor.measure(
+                View.MeasureSpec.makeMeasureSpec(decor.getWidth(), View.MeasureSpec.EXACTLY),
+                View.MeasureSpec.makeMeasureSpec(height, View.MeasureSpec.EXACTLY));
+        decor.layout(0, 0, decor.getWidth(), height);
+    }
+
+    /** Returns how much higher a screen has to be for everything to be seen at once. */
+    private static int belowTheFold(View view) {
+        if (view instanceof ScrollView scroll) {
+            scroll.scrollTo(0, 0);
+            int inside = scroll.getHeight() - scroll.getPaddingTop() - scroll.getPaddingBottom();
+            return Math.max(0, scroll.getChildAt(0).getHeight() - inside);
+        }
+        int most = 0;
+        if (view instanceof ViewGroup group) {
+            for (int at = 0; at < group.getChildCount(); at++) {
+                most = Math.max(most, belowTheFold(group.getChildAt(at)));
+            }
+        }
+        return most;
     }
 
     private static void save(Bitmap picture, String name) {
@@ -104,8 +134,10 @@ final class Inspection {
 
     /** The picture knows what is behind a text: the colour that most of its place has. */
     private void lookAtContrast(TextView text) {
-        var seen = new Rect();
-        if (!text.getGlobalVisibleRect(seen) || !seen.intersect(0, 0, picture.getWidth(), picture.getHeight())) {
+        var seen = new Rect(0, 0, text.getWidth(), text.getHeight());
+        decor.offsetDescendantRectToMyCoords(text, seen);
+        if (!new Rect(0, 0, picture.getWidth(), picture.getHeight()).contains(seen)) {
+            complaints.add(told(text) + " cannot be scrolled to");
             return;
         }
         Map<Integer, Integer> colours = new HashMap<>();

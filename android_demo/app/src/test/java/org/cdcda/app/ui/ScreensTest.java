@@ -5,32 +5,50 @@ import static org.junit.Assert.assertFalse;
 import static org.junit.Assert.assertTrue;
 
 import android.app.Activity;
+import android.content.ComponentCallbacks2;
+import android.content.Intent;
+import android.net.Uri;
+import android.os.Looper;
 import android.view.View;
 import android.widget.EditText;
 import android.widget.Spinner;
 import android.widget.Switch;
 import android.widget.TextView;
+import java.io.File;
+import java.nio.file.Files;
+import java.nio.file.Path;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.LinkedHashMap;
 import java.util.List;
+import java.util.Locale;
 import java.util.Map;
+import java.util.concurrent.TimeUnit;
 import java.util.function.Consumer;
 import org.cdcda.app.Fakes.FakePackage;
 import org.cdcda.app.R;
+import org.cdcda.app.Status;
+import org.cdcda.app.Status.Stage;
 import org.cdcda.app.engine.Answer;
 import org.cdcda.app.engine.Answer.End;
 import org.cdcda.app.engine.Answer.Timings;
 import org.cdcda.app.engine.EngineState;
 import org.cdcda.app.engine.EngineState.Failure;
 import org.cdcda.app.engine.EngineState.Phase;
+import org.cdcda.app.model.Bundle;
+import org.cdcda.app.model.BundleException;
+import org.cdcda.app.model.Model;
+import org.cdcda.app.model.StoreException;
 import org.junit.Test;
 import org.junit.runner.RunWith;
 import org.robolectric.ParameterizedRobolectricTestRunner;
 import org.robolectric.Robolectric;
 import org.robolectric.RuntimeEnvironment;
+import org.robolectric.Shadows;
 import org.robolectric.android.controller.ActivityController;
 import org.robolectric.annotation.Config;
 import org.robolectric.annotation.GraphicsMode;
+import org.robolectric.shadows.ShadowAlertDialog;
 
 /** Every screen in every state: drawn, looked at, and nothing cut off, too pale, too small or without a name. */
 @RunWith(ParameterizedRobolectricTestRunner.class)
@@ -71,16 +89,7 @@ public class ScreensTest {
         return Robolectric.buildActivity(screen).setup();
     }
 
-    private static void settle(Activity activity) {
-        View decor = activity.getWindow().getDecorView();
-        decor.measure(
-                View.MeasureSpec.makeMeasureSpec(decor.getWidth(), View.MeasureSpec.EXACTLY),
-                View.MeasureSpec.makeMeasureSpec(decor.getHeight(), View.MeasureSpec.EXACTLY));
-        decor.layout(0, 0, decor.getWidth(), decor.getHeight());
-    }
-
     private void look(Activity activity, String name) {
-        settle(activity);
         assertEquals(look + " " + name, List.of(), Inspection.of(activity, look + "-" + name));
     }
 
@@ -89,32 +98,64 @@ public class ScreensTest {
         return view.isShown() ? view.getText().toString() : "";
     }
 
-    @Test
-    public void theWritingScreenSaysEverythingThatCanHappen() {
-        ActivityController<WritingActivity> controller = open(WritingActivity.class);
-        WritingActivity activity = controller.get();
-        Map<String, EngineState> states = new LinkedHashMap<>();
-        states.put("loading", EngineState.of(Phase.LOADING));
-        for (Failure failure : Failure.values()) {
-            if (failure != Failure.NONE) {
-                states.put("failed-" + failure.name().toLowerCase(), EngineState.failed(failure, "error: unknown architecture 'x'"));
+    /** Every status that the session can tell, by name. */
+    private static Map<String, Status> statuses(Model model) {
+        Map<String, Status> all = new LinkedHashMap<>();
+        for (Stage stage : Stage.values()) {
+            switch (stage) {
+                case LOOKING, COPYING, NO_MODEL -> put(all, stage, "", new Status(stage, null, 41_000_000, 145_000_000, EngineState.ABSENT, null, null, ""));
+                case CHECKING, DAMAGED, TOO_LARGE -> put(all, stage, "", new Status(stage, model, 0, 0, EngineState.ABSENT, null, null, ""));
+                case UNUSABLE -> {
+                    for (BundleException.Problem problem : BundleException.Problem.values()) {
+                        put(all, stage, problem, new Status(stage, null, 0, 0, EngineState.ABSENT, problem, null, "onnx"));
+                    }
+                }
+                case NOT_COPIED -> {
+                    put(all, stage, "other", new Status(stage, null, 0, 0, EngineState.ABSENT, null, null, "/storage/emulated/0: read failed: EIO"));
+                    for (StoreException.Problem problem : StoreException.Problem.values()) {
+                        put(all, stage, problem, new Status(stage, null, 0, 97_000_000, EngineState.ABSENT, null, problem, "base-q8_0.gguf"));
+                    }
+                }
+                case ENGINE -> {
+                    for (Phase phase : List.of(Phase.LOADING, Phase.READY, Phase.GENERATING)) {
+                        put(all, stage, phase, new Status(stage, model, 0, 0, EngineState.of(phase), null, null, ""));
+                    }
+                    for (Failure failure : Failure.values()) {
+                        if (failure != Failure.NONE) {
+                            EngineState failed = EngineState.failed(failure, "error: unknown architecture 'x'");
+                            put(all, stage, failure, new Status(stage, model, 0, 0, failed, null, null, ""));
+                        }
+                    }
+                }
             }
         }
+        return all;
+    }
+
+    private static void put(Map<String, Status> all, Stage stage, Object more, Status status) {
+        all.put((stage + "-" + more).toLowerCase(Locale.ROOT), status);
+    }
+
+    @Test
+    public void theWritingScreenSaysEverythingThatCanHappen() {
+        WritingActivity activity = open(WritingActivity.class).get();
         List<String> sentences = new ArrayList<>();
-        for (var state : states.entrySet()) {
-            app().engine.become(state.getValue());
+        statuses(app().session().status().model()).forEach((name, status) -> {
+            activity.changed(status);
             String sentence = said(activity, R.id.notice_text);
-            assertFalse(state.getKey(), sentence.isEmpty() || sentences.contains(sentence));
+            assertEquals(name, status.isReady(), sentence.isEmpty());
+            assertFalse(name + ": " + sentence, sentences.contains(sentence));
             sentences.add(sentence);
-            assertFalse(activity.findViewById(R.id.write).isEnabled());
-            look(activity, state.getKey());
-        }
+            assertEquals(name, status.isReady(), activity.findViewById(R.id.write).isEnabled());
+            assertEquals(name, status.stage() == Stage.COPYING, activity.findViewById(R.id.write).getKeepScreenOn());
+            look(activity, name);
+        });
+        app().engine.become(EngineState.failed(Failure.DIED, ""));
         activity.findViewById(R.id.notice_action).performClick(); // try again
         assertEquals(Phase.LOADING, app().engine.state().phase());
         app().engine.become(Phase.READY);
         assertEquals("", said(activity, R.id.notice_text));
         assertTrue(activity.findViewById(R.id.write).isEnabled());
-        look(activity, "ready");
     }
 
     @Test
@@ -175,7 +216,6 @@ public class ScreensTest {
             WritingActivity activity = open(WritingActivity.class).get();
             assertFalse(way.getKey(), said(activity, R.id.notice_text).isEmpty());
             assertFalse(way.getKey(), said(activity, R.id.notice_action).isEmpty());
-            look(activity, way.getKey());
             activity.finish();
         }
     }
@@ -185,16 +225,154 @@ public class ScreensTest {
         app().session().open();
         app().engine.become(Phase.READY);
         look(open(ModelsActivity.class).get(), "models");
-        look(open(AboutActivity.class).get(), "about");
+        AboutActivity about = open(AboutActivity.class).get();
+        for (Bundle.Part part : app().session().status().model().bundle().files().values()) {
+            assertEquals(part.name(), 1, views(about, part.sha256()).size());
+        }
+        look(about, "about");
         look(open(SettingsActivity.class).get(), "settings");
-        BenchmarkActivity benchmark = open(BenchmarkActivity.class).get();
-        look(benchmark, "benchmark");
+    }
+
+    @Test
+    public void theBenchmarkRunsIsCutAndFails() throws Exception {
+        app().session().open();
+        app().engine.become(Phase.READY);
+        ActivityController<BenchmarkActivity> controller = open(BenchmarkActivity.class);
+        BenchmarkActivity screen = controller.get();
+        look(screen, "benchmark");
+        app().writing().write("elsewhere", 64, 0, false);
+        look(screen, "benchmark-busy");
+        app().engine.answer("", WHOLE);
         app().benchmark().run(0);
         for (int at = 0; at < 8; at++) {
             app().engine.meter.measured(new Timings(256, 310 - at, 64, 42.5 - at));
         }
+        look(screen, "benchmark-running");
+        screen = controller.recreate().get();
+        assertFalse(app().engine.stopped);
+        end(true, "");
+        look(screen, "benchmark-done");
+        assertEquals(0, views(screen, text(screen, R.string.benchmark_cut)).size());
+        export(screen);
+
+        app().benchmark().run(2);
+        app().engine.meter.measured(new Timings(256, 310, 64, 42.5));
+        controller.pause().stop();
+        assertTrue(app().engine.stopped);
+        end(false, "");
+        controller.restart().resume();
+        assertEquals(1, views(screen, text(screen, R.string.benchmark_cut)).size());
+        look(screen, "benchmark-cut");
+        app().benchmark().run(0);
+        end(false, "the engine closed the connection");
+        look(screen, "benchmark-failed");
+    }
+
+    private static void end(boolean complete, String detail) {
         app().engine.become(Phase.READY);
-        app().engine.meter.done("");
-        look(benchmark, "benchmark-done");
+        app().engine.meter.done(complete, detail);
+    }
+
+    /** Over an older file that is longer. */
+    private static void export(Activity screen) throws Exception {
+        views(screen, text(screen, R.string.export_json)).get(0).performClick();
+        Path file = Files.createTempFile("benchmark", ".json");
+        Files.writeString(file, "{\"older\": \"" + "x".repeat(5000) + "\"}");
+        Intent asked = Shadows.shadowOf(screen).getNextStartedActivityForResult().intent;
+        Shadows.shadowOf(screen).receiveResult(asked, Activity.RESULT_OK, new Intent().setData(Uri.fromFile(file.toFile())));
+        String written = Files.readString(file);
+        assertEquals(app().benchmark().json(), written);
+        Files.delete(file);
+    }
+
+    private static String text(Activity activity, int id) {
+        return activity.getString(id);
+    }
+
+    /** Returns the views that show a text. */
+    private static List<View> views(Activity activity, String text) {
+        var found = new ArrayList<View>();
+        activity.getWindow().getDecorView().findViewsWithText(found, text, View.FIND_VIEWS_WITH_TEXT);
+        found.removeIf(view -> !view.isShown());
+        return found;
+    }
+
+    @Test
+    public void modelsFromEverywhereAndWhatIsNone() throws Exception {
+        app().session().open();
+        app().session().add(new FakePackage(true), "picked");
+        lay("42-gguf-lora", new FakePackage(true));
+        lay("7-onnx", new FakePackage(true).with("format", "onnx"));
+        assertTrue(new File(app().pushed(), "half").mkdir());
+        app().engine.become(Phase.READY);
+        ActivityController<ModelsActivity> controller = open(ModelsActivity.class);
+        ModelsActivity screen = controller.get();
+        assertEquals(4, views(screen, text(screen, R.string.delete)).size()); // all but the package's
+        assertEquals(3, views(screen, text(screen, R.string.origin_pushed)).size());
+        look(screen, "models-all");
+        views(screen, text(screen, R.string.delete)).get(0).performClick();
+        var question = ShadowAlertDialog.getLatestDialog();
+        assertTrue(question.isShowing());
+        screen = controller.recreate().get();
+        assertFalse(question.isShowing());
+        for (var one : statuses(app().session().status().model()).entrySet()) {
+            screen.changed(one.getValue());
+            assertEquals(one.getKey(), one.getValue().stage() == Stage.COPYING, screen.findViewById(R.id.content).getKeepScreenOn());
+        }
+    }
+
+    private static void lay(String name, FakePackage model) throws Exception {
+        Path there = Files.createDirectories(app().pushed().toPath().resolve(name));
+        for (var file : model.files.entrySet()) {
+            Files.write(there.resolve(file.getKey()), file.getValue());
+        }
+    }
+
+    @Test
+    public void aCopyThatGoesOnIsNoBrokenModel() {
+        app().session().open();
+        assertTrue(app().session().store().folder("picked").mkdir()); // it was interrupted
+        ModelsActivity screen = open(ModelsActivity.class).get();
+        String delete = text(screen, R.string.delete);
+        assertEquals(1, views(screen, delete).size());
+        List<Integer> seen = new ArrayList<>();
+        app().session().watch(status -> {
+            if (status.stage() == Stage.COPYING) {
+                seen.add(views(screen, delete).size());
+                look(screen, "models-copying");
+            }
+        });
+        app().session().add(new FakePackage(true), "picked");
+        assertFalse(seen.isEmpty());
+        assertEquals(0, Collections.frequency(seen, 1));
+        assertEquals(1, views(screen, delete).size());
+    }
+
+    @Test
+    public void aShellWaitsForAModel() throws Exception {
+        app().packaged = null;
+        WritingActivity activity = open(WritingActivity.class).get();
+        assertEquals(text(activity, R.string.stage_no_model), said(activity, R.id.notice_text));
+        lay("42-gguf", new FakePackage(false));
+        Shadows.shadowOf(Looper.getMainLooper()).idleFor(4, TimeUnit.SECONDS);
+        assertEquals(text(activity, R.string.engine_loading), said(activity, R.id.notice_text));
+    }
+
+    @Test
+    public void memoryIsGivenBackOutOfSightAlone() {
+        ActivityController<WritingActivity> controller = open(WritingActivity.class);
+        app().engine.become(Phase.READY);
+        app().onTrimMemory(ComponentCallbacks2.TRIM_MEMORY_COMPLETE);
+        assertEquals(Phase.READY, app().engine.state().phase());
+        controller.pause().stop();
+        app().onTrimMemory(ComponentCallbacks2.TRIM_MEMORY_UI_HIDDEN);
+        assertEquals(Phase.READY, app().engine.state().phase());
+        app().onTrimMemory(ComponentCallbacks2.TRIM_MEMORY_BACKGROUND);
+        assertEquals(Phase.ABSENT, app().engine.state().phase());
+        controller.restart();
+        app().engine.become(Phase.READY);
+        controller.stop();
+        Shadows.shadowOf(Looper.getMainLooper()).idleFor(31, TimeUnit.SECONDS);
+        assertEquals(Phase.ABSENT, app().engine.state().phase());
     }
 }

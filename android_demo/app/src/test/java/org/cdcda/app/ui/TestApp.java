@@ -21,10 +21,18 @@ public final class TestApp extends App {
         forgetSession();
     }
 
+    private File files() {
+        return new File(getNoBackupFilesDir(), String.valueOf(times));
+    }
+
+    /** Returns where pushed models lie. */
+    File pushed() {
+        return new File(files(), "pushed");
+    }
+
     @Override
     protected Session create() {
-        File files = new File(getNoBackupFilesDir(), String.valueOf(times));
-        var store = new ModelStore(new File(files, "models"), new File(files, "pushed"));
+        var store = new ModelStore(new File(files(), "models"), pushed());
         return new Session(store, packaged, engine, device, new FakeSettings(), Runnable::run, Runnable::run);
     }
 }
