@@ -39,6 +39,7 @@ KINDS = (
     ExportConfig(format="onnx", quant="int4"),
 )
 REPEATS = 20
+_SMALLEST = 0.0001
 
 
 def asked(*words: str) -> Any:
@@ -71,8 +72,8 @@ def readme_table(result: dict[str, Any]) -> str:
     """Return the table that README.md shows: a line for each kind of export, a column for each phone."""
     rows = result["raw"]["rows"]
     lines = [
-        ["export", "size", "KL", "gain kept", "tasks", "decode here", *(f"{phone}, predicted" for phone in PHONES)],
-        ["---"] * (6 + len(PHONES)),
+        ["export", "size", "memory", "KL", "gain kept", "tasks", "decode here", *(f"{phone}, predicted" for phone in PHONES)],
+        ["---"] * (7 + len(PHONES)),
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = {row["phone"]: row for row in rows if row["name"] == name}
@@ -82,15 +83,21 @@ def readme_table(result: dict[str, Any]) -> str:
             [
                 name,
                 f"{row['bytes'] / 1e6:.0f} MB",
-                f"{quality['kl']:.4f}",
+                f"{row['fit']['needed'] / 1e6:.0f} MB" if row["fit"] else "",
+                f"{quality['kl']:.4f}" if quality["kl"] >= _SMALLEST else f"< {_SMALLEST:g}",
                 f"{quality['kept']:.0%}" if quality["kept"] is not None else "",
                 ", ".join(f"{task} {value:.3f}" for task, value in quality["metrics"].items()),
-                f"{row['host']:.0f} tok/s" if row["host"] else "",
+                _spread(result["raw"]["runs"][name]["measured"]["decode"]),
                 *(_predicted(mine[phone]) for phone in PHONES),
             ]
         )
     lines += [[name, "refused by its gate", *[""] * (len(lines[0]) - 2)] for name in result["raw"]["refused"]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _spread(values: list[float]) -> str:
+    low, *_, high = quantiles(values, n=10, method="inclusive")
+    return f"{median(values):.0f} ({low:.0f}-{high:.0f})"
 
 
 def _predicted(row: dict[str, Any]) -> str:
@@ -121,7 +128,7 @@ def main() -> None:
     rows = asked("bench", str(run), "--table", "--phone", ",".join(PHONES))
     spreads = {name: middle_eighty(found["measured"]["decode"]) for name, found in measured.items()}
     grown = {name: growth(found["raw"]["resident"]) for name, found in measured.items()}
-    print(readme_table({"raw": {"rows": rows, "refused": refused}}))
+    print(readme_table({"raw": {"rows": rows, "refused": refused, "runs": measured}}))
     told = [
         [name, median(found["measured"]["decode"]), spreads[name], grown[name] / 1e6, found["unusable"]] for name, found in measured.items()
     ]

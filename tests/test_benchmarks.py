@@ -44,14 +44,15 @@ def test_tables_of_a_page_are_made_of_results(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "personalization.json").write_text(json.dumps({"figures": figures}))
     speed = {"expected": 41.0, "low": 30.0, "high": 52.4}
     quality = {"kl": 0.4, "kept": 0.9, "metrics": {"tweet ROUGE-L": 0.2}}
-    row = {"name": "gguf-q4_0", "bytes": 92e6, "host": 99.0, "decode": speed, "quality": quality}
+    row = {"name": "gguf-q4_0", "bytes": 92e6, "fit": {"needed": 146e6}, "decode": speed, "quality": quality}
+    runs = {"gguf-q4_0": {"measured": {"decode": [90.0, 99.0, 110.0]}}}
     (tmp_path / "phone_lab.json").write_text(
-        json.dumps({"raw": {"rows": [row | {"phone": phone} for phone in PHONES], "refused": {"gguf-q4_1": "why"}}})
+        json.dumps({"raw": {"rows": [row | {"phone": phone} for phone in PHONES], "refused": {"gguf-q4_1": "why"}, "runs": runs}})
     )
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     page = with_tables("a\n<!-- personalization -->\nold\n<!-- /personalization -->\nb\n<!-- phone_lab -->\n<!-- /phone_lab -->\n")
     assert "old" not in page and "| real records only | **-0.200** [-0.300, -0.100] |" in page and page.count("\n| ") >= len(FIGURES) + 3
-    assert "| gguf-q4_0 | 92 MB | 0.4000 | 90% | tweet ROUGE-L 0.200 | 99 tok/s | 41 (30-52) |" in page
+    assert "| gguf-q4_0 | 92 MB | 146 MB | 0.4000 | 90% | tweet ROUGE-L 0.200 | 99 (92-108) | 41 (30-52) |" in page
     assert "| gguf-q4_1 | refused by its gate |" in page
     assert with_tables(page) == page
 
