@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three pairs")
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does for its child: threads that wait give the core away
     pairs = 3 if parser.parse_args().quick else 64
-    program, cores = peer(), choose_cores(10**6)
+    program, cores = peer(), choose_cores(get_phone(PHONE).soc.big_cores)
     with TemporaryDirectory(prefix="cdcda-latency-") as folder:
         made = artifacts(Path(folder))
         model = made[QUANTS[0]]

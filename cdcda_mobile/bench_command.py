@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cdcda_export.artifact import Artifact
@@ -17,7 +16,7 @@ from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, predicted
+from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, predicted, spread_of
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
 from cdcda_mobile.phone.predict import Prediction, Speed
 
@@ -88,6 +87,10 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     given = [flag for flag, is_given in asked.items() if is_given]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other.")
+    if arguments.min_tok_s and not arguments.recommend:
+        raise ConfigError("--min-tok-s belongs to --recommend; without it no artifact is picked.")
+    if arguments.arm and (arguments.phone or arguments.sustained or arguments.threads):
+        raise ConfigError("--arm compares numbers, not speeds: leave out --phone, --sustained and --threads.")
 
 
 def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
@@ -184,7 +187,8 @@ def _speed_lines(got: Measured, tests: Tests) -> list[str]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{median(values):.1f} tok/s ({min(values):.1f} to {max(values):.1f} in {len(values)} repeats)"
+    one = spread_of(values)
+    return f"{one.median:.1f} tok/s, p90 {one.p90:.1f} ({one.low:.1f} to {one.high:.1f} in {one.repeats} repeats)"
 
 
 def _predicted_lines(phone: Phone, prediction: Prediction | None, fit: Fit | None, tests: Tests) -> list[str]:

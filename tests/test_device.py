@@ -10,6 +10,10 @@ import pytest
 
 from cdcda_export.artifact import Artifact
 from cdcda_export.errors import ConfigError, DeviceError, DiskFull
+from cdcda_export.export import AdapterJob, export_adapter
+from cdcda_export.progress import Silent
+from cdcda_export.recipe import ExportConfig
+from cdcda_mobile.cli import main
 from cdcda_mobile.phone.device import Core, Device, State, big_cores, connect
 from cdcda_mobile.phone.on_device import OnDevice, bench_on_device, plan_for
 from fake_adb import FakePhone, free_port, phones
@@ -138,6 +142,47 @@ def test_a_command_that_fails_says_the_phones_last_word(device: Device) -> None:
 # Measuring.
 
 
+def test_the_command_measures_on_the_phone_predicts_and_writes(
+    phone: FakePhone,
+    engine: Callable[..., Path],
+    llama_base: Path,
+    llama_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = AdapterJob(llama_adapter, llama_base, workspace=tmp_path / "runs", config=ExportConfig(quant="q8_0", verify="off"))
+    export_adapter(job, Silent())
+    monkeypatch.setattr("cdcda_engine.build.build_engine", lambda progress: engine())
+    # The run is named, and its newest artifact that phones can run is taken.
+    words = ["bench", str(job.directory.parent), "--device", "--phone", "galaxy-s23", "--repeats", "3", "--quiet"]
+    with phones(monkeypatch, phone):
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        assert (
+            "model.gguf (gguf q8_0," in told and "ON THE PHONE: Example One Two/3, SM8550, Android 14; engine arm64-i8mm, cores 2\n" in told
+        )
+        assert "  prefill         996.1 tok/s, p90 994.6 (994.2 to 998.1 in 3 repeats) (pp512)\n" in told
+        assert "  battery         29.7 °C before, 29.7 °C after; 81 % left\n" in told
+        assert "PREDICTED for a Samsung Galaxy S23" in told and "memory          fits" in told and "THIS MACHINE" not in told
+        out = job.directory.parent / "bench" / "gguf-q8_0-device-One-Two-3-llama-bench.json"
+        assert told.endswith(f"{out}\n")
+        assert main([*words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found == json.loads(out.read_text()) and phone.serial not in json.dumps(found)
+        assert found["class"] == "galaxy-s23" and found["predicted"]["decode"]["low"] > 0 and len(found["raw"]) == 2
+        assert found["measured"]["speeds"]["decode"]["repeats"] == 3 and found["versions"]["python"] and found["unusable"] == ""
+        assert main([*words, "--threads", "2"]) == 2
+        assert capsys.readouterr().err.endswith("has 1 fast cores; --threads 2 would make them wait for slow ones.\n")
+        monkeypatch.setattr("cdcda_engine.build.build_engine", lambda progress: engine("kill -9 $$"))
+        assert main(words) == 1
+        assert "out of memory" in capsys.readouterr().out and json.loads(out.read_text())["measured"] is None
+    with phones(monkeypatch):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert "No phone is connected" in error and error.count("\n") == 1
+
+
 def test_it_is_measured_on_its_big_cores_and_left_as_it_was(
     device: Device, phone: FakePhone, artifact: Artifact, engine: Callable[..., Path]
 ) -> None:
@@ -151,6 +196,7 @@ def test_it_is_measured_on_its_big_cores_and_left_as_it_was(
     assert found.measured.decode == pytest.approx([128 / 0.129, 128 / 0.130, 128 / 0.131])
     assert "-p 0 -n 128 -r 8" in told[2] and len(found.measured.sustained) == 8
     assert found.measured.peak_rss > 100_000 and found.before == found.after
+    assert found.as_json()["measured"]["speeds"]["prefill"]["p90"] == pytest.approx(512 / 0.5148, rel=1e-4)
     assert json.dumps(found.as_json()) and device.serial not in json.dumps(found.as_json())
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from cdcda_export.artifact import Artifact
@@ -66,6 +66,31 @@ def get_protocol(name: str, repeats: int, sustained: float, threads: int) -> Tes
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Speeds of the repeats of a test, in tokens a second.
+
+    Attributes:
+        median: of the repeats.
+        p90: what nine of ten reach, interpolated between repeats.
+        low: the slowest.
+        high: the fastest.
+        repeats: how many.
+    """
+
+    median: float
+    p90: float
+    low: float
+    high: float
+    repeats: int
+
+
+def spread_of(speeds: Sequence[float]) -> Spread:
+    """Summarize the speeds of repeats."""
+    slow = quantiles(speeds, n=10, method="inclusive")[0] if len(speeds) > 1 else speeds[0]  # its own tenth: the slow end
+    return Spread(median(speeds), slow, min(speeds), max(speeds), len(speeds))
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a run gave; speeds in tokens a second, times in seconds, sizes in bytes.
 
@@ -88,6 +113,15 @@ class Measured:
     sustained: list[float]
     peak_rss: int
     crowded: float | None
+
+    @property
+    def speeds(self) -> dict[str, Spread]:
+        """Prefill and decode, summarized."""
+        return {"prefill": spread_of(self.prefill), "decode": spread_of(self.decode)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, with the summaries."""
+        return {**asdict(self), "speeds": {test: vars(spread) for test, spread in self.speeds.items()}}
 
 
 @dataclass(frozen=True)
@@ -130,8 +164,8 @@ class Bench:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything, with the machine and the versions."""
-        host = {"machine": platform.machine(), "processor": _processor(), "cores": len(choose_cores(10**6))}
-        return {**asdict(self), "artifact": str(self.artifact), "unusable": self.unusable, "host": host, "versions": versions()}
+        measured = self.measured.as_json() if self.measured else None
+        return {**asdict(self), "artifact": str(self.artifact), "measured": measured, "unusable": self.unusable, **this_machine()}
 
 
 def bench(
@@ -149,11 +183,13 @@ def bench(
         step: told of every test that is done.
 
     Raises:
-        ConfigError: there is no such protocol, or a number makes no sense.
+        ConfigError: there is no such protocol, a number makes no sense, or the phone has fewer fast cores than threads are asked for.
         VerificationFailed: something slowed the run down, so that it says nothing.
         ExportError: the runtime failed.
     """
     tests = get_protocol(protocol, repeats, sustained, threads)
+    if phone and threads > phone.soc.big_cores:
+        raise ConfigError(f"A {phone.name} has {phone.soc.big_cores} fast cores; --threads {threads} would make them wait for slow ones.")
     wanted = threads or (phone.soc.big_cores if phone else 0) or 10**6
     cores = choose_cores(wanted)
     memory = (phone.memory_budget.value or 0) if phone else 0
@@ -244,6 +280,12 @@ def predicted(phone: Phone, artifact: Artifact, protocol: str) -> Prediction | N
         return None
     tests = PROTOCOLS[protocol]
     return predict(phone, work_of(GgufFile(artifact.files["model"])), tests.answer // 2 + tests.prompt * tests.chained)
+
+
+def this_machine() -> dict[str, Any]:
+    """Return the machine and the versions, for a result."""
+    host = {"machine": platform.machine(), "processor": _processor(), "cores": len(choose_cores(10**6))}
+    return {"host": host, "versions": versions()}
 
 
 def _processor() -> str:

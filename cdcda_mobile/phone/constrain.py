@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import secrets
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,10 @@ from cdcda_export.errors import ConfigError
 
 _ROOT = Path("/sys/fs/cgroup")
 _NAME = "cdcda-bench"
+_STARVED = (
+    *("bad_alloc", "memoryerror", "failed to allocate", "unable to allocate", "cannot allocate", "out of memory", "insufficient memory"),
+    *("memory allocation", "failed to map segment", "thread creation failed", "can't start new thread"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ class Holder:
     directory: Path | None = None
 
     def was_exceeded(self, status: int, complaint: str) -> bool:
-        """Tell whether a process that ended with a status and a complaint was stopped by the limit."""
-        if self.directory is not None:
-            return any(_counter(self.directory / name, "oom_kill") for name in ("memory.events", "memory.oom_control"))
-        return self.name == "rlimit" and status != 0 and _starved(complaint, status)
+        """Tell whether a process that ended with a status and a complaint had too little memory: the kernel counted it, or it says so."""
+        killed = self.directory and any(_counter(self.directory / name, "oom_kill") for name in ("memory.events", "memory.oom_control"))
+        return bool(killed) or status != 0 and is_starved(complaint)
 
     def close(self) -> None:
         """Remove the group."""
@@ -72,18 +74,15 @@ class Holder:
                 self.directory.rmdir()
 
 
-def enter(cores: Sequence[int], group: str, memory: int) -> None:
+def enter(cores: Sequence[int], memory: int) -> None:
     """Go within limits: called by a process of itself, before it starts a thread.
 
     Args:
         cores: the processors that are left.
-        group: directory of the control group, '' for none.
-        memory: bytes of private writable memory, where there is no group; 0 for no limit.
+        memory: bytes of private writable memory, where no group holds it; 0 for no limit.
     """
     os.sched_setaffinity(0, cores)
-    if group:
-        (Path(group) / "cgroup.procs").write_text("0")
-    elif memory:
+    if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
@@ -194,12 +193,13 @@ def run_constrained(
         on_line: called with every line that it writes on standard output.
     """
     before, holder = throttled_periods(), hold_memory(memory)
-    limits = {"cores": list(cores), "group": str(holder.directory or ""), "memory": memory if holder.name == "rlimit" else 0}
     try:
         with tempfile.TemporaryFile("w+", errors="replace") as complaints:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": complaints}
             with subprocess.Popen(list(command), text=True, errors="replace", **pipes) as process:
                 assert process.stdin is not None and process.stdout is not None
+                holder = _put(process.pid, holder)
+                limits = {"cores": list(cores), "memory": memory if holder.name == "rlimit" else 0}
                 try:
                     with suppress(BrokenPipeError), process.stdin:
                         process.stdin.write(json.dumps({**given, "limits": limits}))
@@ -209,14 +209,25 @@ def run_constrained(
                     process.kill()
                     raise
             complaints.seek(0)
-            complaint = complaints.read()[-2000:]
+            complaint = complaints.read()
         exceeded = holder.was_exceeded(process.returncode, complaint)
-        return Outcome(complaint, process.returncode, exceeded, holder.name, throttled_periods() - before)
+        return Outcome(complaint[-2000:], process.returncode, exceeded, holder.name, throttled_periods() - before)
     finally:
         holder.close()
 
 
-def _starved(complaint: str, status: int) -> bool:
-    """Tell whether a process that failed under a limit of its own failed for want of memory."""
-    words = ("bad_alloc", "memoryerror", "failed to allocate", "unable to allocate", "cannot allocate", "out of memory", "std::bad")
-    return status in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT) or any(word in complaint.casefold() for word in words)
+def _put(process: int, holder: Holder) -> Holder:
+    """Put a process that waits for its input into the group, and return what holds it: the rlimit, where the kernel refuses."""
+    if holder.directory is None:
+        return holder
+    try:
+        (holder.directory / "cgroup.procs").write_text(str(process))
+    except OSError:
+        holder.close()
+        return Holder("rlimit", holder.memory)
+    return holder
+
+
+def is_starved(complaint: str) -> bool:
+    """Tell whether a runtime, Python, OpenMP or the loader of libraries complains of too little memory."""
+    return any(word in complaint.casefold() for word in _STARVED)

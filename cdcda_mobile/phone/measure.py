@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import sys
 import time
@@ -18,10 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cdcda_mobile.phone.constrain import enter
+from cdcda_export.errors import CdcdaError, ExportError, FileError, MissingDependency
+from cdcda_mobile.phone.constrain import enter, is_starved
 
+SUSTAINED_TOKENS = 128  # of sustained decode, after which the cache is emptied: the same in every runtime, and on a phone
 _WINDOW_S = 10.0
 _UBATCH = 512
+_WARNING, _ERROR = 3, 4  # levels of ggml's log
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,6 @@ class Engine(Protocol):
     def read(self, ids: Sequence[int]) -> None:
         """Read tokens behind those that were read, and wait until it is done."""
 
-    @property
-    def room(self) -> int:
-        """How many more tokens fit."""
-
 
 class LlamaEngine:
     """llama.cpp, below the conveniences of its Python classes.
@@ -106,47 +106,53 @@ class LlamaEngine:
 
     Raises:
         MemoryError: there is no room for the model or its cache.
+        ExportError: llama.cpp does not take the files.
     """
 
     def __init__(self, path: Path, adapter: str, threads: int, context: int) -> None:
         import llama_cpp
 
-        from cdcda_export.runtime import keep_log_to_ourselves
+        self._llama, self._said = llama_cpp, list[str]()
 
-        self._llama = llama_cpp
-        keep_log_to_ourselves()
+        @llama_cpp.llama_log_callback
+        def hear(level: int, text: bytes, _data: object) -> None:
+            if level in (_WARNING, _ERROR):
+                self._said.append(text.decode(errors="replace").strip())
+                print(self._said[-1], file=sys.stderr, flush=True)  # where it crashes, this is what tells why
+
+        self._hear = hear  # llama.cpp holds only a pointer
+        llama_cpp.llama_log_set(hear, None)
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # read, not mapped: what the kernel may drop is not memory that is needed
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         if not self._model:
-            raise MemoryError("failed to allocate the model")
+            raise self._failure("the model")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = context, max(_UBATCH, context), _UBATCH
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise MemoryError("failed to allocate the cache")
+            raise self._failure("the cache")
         if adapter:
             lora = llama_cpp.llama_adapter_lora_init(self._model, adapter.encode())
             if not lora:
-                raise MemoryError("failed to allocate the adapter")
+                raise self._failure("the adapter")
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora)
             llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
         words = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(words)
         self.first = llama_cpp.llama_vocab_bos(words) if llama_cpp.llama_vocab_get_add_bos(words) else None
-        self._size, self._seen = context, 0
 
-    @property
-    def room(self) -> int:
-        """How many more tokens fit."""
-        return self._size - self._seen
+    def _failure(self, what: str) -> Exception:
+        """Return what to raise where llama.cpp gave nothing: its log tells a lack of memory from a damaged file."""
+        if is_starved("\n".join(self._said)):
+            return MemoryError(f"failed to allocate {what}")
+        return ExportError(f"llama.cpp does not load {what} ({self._said[0] if self._said else 'no reason given'})")
 
     def clear(self) -> None:
         """Empty the cache."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        self._seen = 0
 
     def read(self, ids: Sequence[int]) -> None:
         """Read tokens and wait until it is done."""
@@ -155,7 +161,6 @@ class LlamaEngine:
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
         self._llama.llama_synchronize(self._context)
-        self._seen += len(ids)
 
 
 class OnnxEngine:
@@ -163,6 +168,10 @@ class OnnxEngine:
 
     Args:
         directory: of the model.
+
+    Raises:
+        MemoryError: there is no room for the model.
+        FileError: it is damaged.
     """
 
     first: int | None = None
@@ -170,14 +179,14 @@ class OnnxEngine:
     def __init__(self, directory: Path) -> None:
         from cdcda_export.onnx_runtime import OnnxModel
 
-        self._model = OnnxModel(directory)
+        try:
+            self._model = OnnxModel(directory)
+        except (FileError, MissingDependency) as error:  # damaged or not installed: said whatever the reason was
+            if is_starved(str(error.__cause__)):
+                raise MemoryError("failed to allocate the model") from error
+            raise
         self.vocabulary = self._model.vocabulary
         self.clear()
-
-    @property
-    def room(self) -> int:
-        """How many more tokens fit."""
-        return self._model.n_ctx - self._seen
 
     def clear(self) -> None:
         """Empty the cache."""
@@ -198,11 +207,12 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Timings:
 
     Raises:
         MemoryError: there is no room.
+        CdcdaError: the runtime does not take the artifact.
     """
     found, started = Timings(), time.perf_counter()
     engine: Engine
     if plan.format == "gguf":
-        engine = LlamaEngine(Path(plan.artifact), plan.adapter, plan.threads, plan.prompt + plan.answer)
+        engine = LlamaEngine(Path(plan.artifact), plan.adapter, plan.threads, max(plan.prompt + plan.answer, SUSTAINED_TOKENS))
     else:
         engine = OnnxEngine(Path(plan.artifact))
     found.load = time.perf_counter() - started
@@ -245,14 +255,16 @@ def _sustain(
     tokens: Callable[[int], list[int]],
     say: Callable[[str], None],
 ) -> None:
-    """Decode without a pause; a full cache is emptied."""
+    """Decode without a pause."""
+    seen = SUSTAINED_TOKENS
     for _ in range(round(plan.sustained / _WINDOW_S)):
         spent, count = 0.0, 0
         while spent < _WINDOW_S:
-            if engine.room < 1:
+            if seen == SUSTAINED_TOKENS:
                 engine.clear()
+                seen = 0
             spent += timed(tokens(1))
-            count += 1
+            seen, count = seen + 1, count + 1
         found.windows.append({"tokens": count, "seconds": spent})
         say("window")
 
@@ -278,7 +290,8 @@ def main() -> int:
     """Do what standard input says."""
     given = json.load(sys.stdin)
     limits = given.pop("limits")
-    enter(limits["cores"], limits["group"], limits["memory"])
+    enter(limits["cores"], limits["memory"])
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # where ggml aborts, it would start a debugger that writes between our lines
 
     def write(row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)
@@ -287,6 +300,9 @@ def main() -> int:
         found = measure(Plan(**given), lambda step: write({"step": step}))
     except MemoryError as error:
         print(f"out of memory: {error}", file=sys.stderr)
+        return 1
+    except CdcdaError as error:
+        print(error, file=sys.stderr)
         return 1
     write({"result": asdict(found)})
     return 0

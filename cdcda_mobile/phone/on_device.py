@@ -18,8 +18,8 @@ from cdcda_export.errors import ConfigError, DeviceError
 from cdcda_export.manifest import versions
 from cdcda_mobile.phone.bench import PROTOCOLS, Measured, Tests, get_protocol
 from cdcda_mobile.phone.device import Device, State, big_cores
+from cdcda_mobile.phone.measure import SUSTAINED_TOKENS
 
-_SUSTAINED_TOKENS = 128  # of one repeat in the sustained run
 _NS = 1e9
 _KILLED = 137  # by SIGKILL, which is what Android's low-memory killer sends
 
@@ -66,7 +66,8 @@ class OnDevice:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything, with the versions."""
-        return {**asdict(self), "artifact": str(self.artifact), "unusable": self.unusable, "versions": versions()}
+        measured = self.measured.as_json() if self.measured else None
+        return {**asdict(self), "artifact": str(self.artifact), "measured": measured, "unusable": self.unusable, "versions": versions()}
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def bench_on_device(
             rows += run.rows(["-p", 0, "-n", tests.answer, "-d", tests.prompt if tests.chained else 0, "-r", plan.repeats])
             if plan.sustained:
                 speed = tests.answer * _NS / median(rows[1]["samples_ns"])
-                times = max(2, math.ceil(plan.sustained * speed / _SUSTAINED_TOKENS))
-                rows += run.rows(["-p", 0, "-n", _SUSTAINED_TOKENS, "-r", times])
+                times = max(2, math.ceil(plan.sustained * speed / SUSTAINED_TOKENS))
+                rows += run.rows(["-p", 0, "-n", SUSTAINED_TOKENS, "-r", times])
             measured = _measured(rows[0], rows[1], rows[2:], run.peak, tests)
         except _OutOfMemory:
             pass
@@ -237,7 +238,7 @@ def _measured(prefill: dict[str, Any], decode: dict[str, Any], long: list[dict[s
         prefill=[tests.prompt / one for one in seconds],
         decode=[tests.answer * _NS / ns for ns in decode["samples_ns"]],
         token_p90=None,
-        sustained=[_SUSTAINED_TOKENS * _NS / ns for row in long for ns in row["samples_ns"]],
+        sustained=[SUSTAINED_TOKENS * _NS / ns for row in long for ns in row["samples_ns"]],
         peak_rss=peak,
         crowded=None,
     )
