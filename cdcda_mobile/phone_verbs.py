@@ -65,12 +65,13 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     """Give ``cdcda push`` its options."""
     parser.usage = f"{parser.prog} --user ID | --bundle DIR [options]"
     parser.description = (
-        "Put a verified model where the app finds it, over adb (USB debugging); the app has to be installed.\n\n" + _PUSH_EXAMPLES
+        "Put a verified model where the app finds it, over adb (USB debugging); the app has to be installed and opened once before.\n\n"
+        + _PUSH_EXAMPLES
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--user", metavar="ID", help="whose newest artifact")
     what.add_argument("--bundle", type=Path, metavar="DIR", help="an artifact's directory")
-    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--device", default="", metavar="SERIAL", help="which phone, where several are connected")
     parser.add_argument("--application-id", default="", metavar="ID", help="of an app that was packed with another one")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
@@ -108,7 +109,7 @@ def add_apk(parser: argparse.ArgumentParser) -> None:
         "--keystore", type=Path, metavar="FILE", help="PKCS #12, password in CDCDA_KEYSTORE_PASSWORD; default: this machine's own"
     )
     parser.add_argument("--shell", type=Path, metavar="FILE", help="the app without a model; default: built once from android_demo/app")
-    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument("--workspace", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
     def run(arguments: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ class FakePhone:
         features: of its cores.
         properties: of getprop.
         packages: that are installed.
+        opened: of those, the ones that were opened, for which Android made a folder.
         free_kb: of its storage.
         unplug_at: a word in a command during which the cable is pulled.
         commands: what the shell was told.
@@ -59,6 +60,7 @@ class FakePhone:
         }
     )
     packages: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
     free_kb: int = 10_000_000
     unplug_at: str = ""
     commands: list[str] = field(default_factory=list)
@@ -67,6 +69,8 @@ class FakePhone:
         """Make its folders and programs."""
         for name in ("data/local/tmp", "sdcard/Android/data", "proc", "bin"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+        for name in self.opened:
+            self.local(f"/sdcard/Android/data/{name}/files").mkdir(parents=True, exist_ok=True)
         parts = ["0xd05"] * 2 + ["0xd44"]
         text = "".join(_CORE.format(number=n, features=self.features, part=part) for n, part in enumerate(parts))
         (self.root / "proc" / "cpuinfo").write_text(text)
@@ -193,6 +197,10 @@ class _Handler(socketserver.BaseRequestHandler):
                         if word == b"DONE":
                             break
                         stream.write(self._read(size))
+                if name.startswith("/sdcard/Android/"):  # adb gives what it wrote an owner, and an app's folder lets nobody do that
+                    text = b"remote fchown failed: Operation not permitted"
+                    self.request.sendall(b"FAIL" + struct.pack("<I", len(text)) + text)
+                    raise _Done
                 self.phone.received(place, int(mode))
                 self.request.sendall(b"OKAY" + struct.pack("<I", 0))
             else:

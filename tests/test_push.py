@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from cdcda_apk import APPLICATION_ID
+from cdcda_export.errors import DiskFull
 from cdcda_export.export import AdapterJob, export_adapter
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
 from cdcda_mobile.cli import main
+from cdcda_mobile.phone.device import connect
 from fake_adb import FakePhone, phones
 
 Capture = pytest.CaptureFixture[str]
@@ -21,7 +23,8 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePhone]:
-    one = FakePhone(tmp_path / "phone", packages=(APPLICATION_ID, "org.example.two"))
+    apps = (APPLICATION_ID, "org.example.two")
+    one = FakePhone(tmp_path / "phone", packages=(*apps, "org.example.unopened"), opened=apps)
     with phones(monkeypatch, one):
         yield one
 
@@ -46,6 +49,7 @@ def test_a_bundle_arrives_whole_and_the_second_time_nothing_is_sent(
     name = f"{directory.parent.name}-{directory.name}"
     there = models(phone)
     assert sorted(there) == [f"{name}/LICENCES.txt", f"{name}/bundle.json", f"{name}/model.gguf"]
+    assert list(phone.local("/data/local/tmp").iterdir()) == []
     assert there[f"{name}/model.gguf"].read_bytes() == (directory / "model.gguf").read_bytes()
     assert json.loads(there[f"{name}/bundle.json"].read_text()) == json.loads((directory / "bundle.json").read_text())
     assert main(["push", "--bundle", str(directory), "--quiet"]) == 0
@@ -78,6 +82,30 @@ def test_what_is_cut_short_is_no_model_to_the_app(
     assert not [name for name in models(phone) if name.endswith("bundle.json")]
 
 
+def test_a_cable_that_is_pulled_while_the_phone_copies_leaves_nothing_that_the_app_would_take(
+    phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
+) -> None:
+    directory = exported(tmp_path, llama_base, llama_adapter)
+    phone.unplug_at = "cp "
+    assert main(["push", "--bundle", str(directory), "--quiet"]) == 1
+    assert models(phone) == {}
+    left = phone.local("/data/local/tmp") / "cdcda-push"
+    left.write_bytes(b"of a push whose cable was pulled for good")
+    phone.unplug_at = ""
+    assert main(["push", "--bundle", str(directory), "--quiet"]) == 0
+    assert len(models(phone)) == 3 and not left.exists()
+
+
+def test_a_phone_has_to_have_room_for_the_copy_too(phone: FakePhone, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    with model.open("wb") as stream:
+        stream.truncate(60_000_000)
+    phone.free_kb = 150_000  # once and what is left free, not twice
+    phone.lay_out()
+    with pytest.raises(DiskFull, match="no room for model.gguf .120 MB are needed"):
+        connect().deliver(model, f"/sdcard/Android/data/{APPLICATION_ID}/files/model.gguf", lambda count: None)
+
+
 def test_what_may_not_leave_or_cannot_run_is_refused(
     phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
 ) -> None:
@@ -87,8 +115,10 @@ def test_what_may_not_leave_or_cannot_run_is_refused(
     directory = exported(tmp_path, llama_base, llama_adapter)
     assert main(["push", "--bundle", str(directory), "--application-id", "org.example.three", "--quiet"]) == 1
     assert "The app org.example.three is not on the phone: install it" in capsys.readouterr().err
+    assert main(["push", "--bundle", str(directory), "--application-id", "org.example.unopened", "--quiet"]) == 1
+    assert "The app org.example.unopened was never opened on the phone, and has no folder yet: open it once" in capsys.readouterr().err
     assert main(["push", "--bundle", str(directory), "--application-id", "a; rm -rf /", "--quiet"]) == 2
     assert "is no application id" in capsys.readouterr().err
     assert main(["push", "--user", "nobody", "--workspace", str(tmp_path / "runs"), "--quiet"]) == 1
     assert "holds no finished gguf or gguf-lora artifact" in capsys.readouterr().err
-    assert models(phone) == {}
+    assert models(phone) == {} and not phone.local("/sdcard/Android/data/org.example.unopened").exists()

@@ -183,11 +183,9 @@ class Device:
             DiskFull: the phone has no room for it.
             DeviceError: the phone is gone or refuses.
         """
-        size, folder = source.stat().st_size, target.rpartition("/")[0]
         partial = f"{target}.partial"
         self.run(f"rm -f {shlex.quote(partial)}")  # of a push that was cut short
-        if self.free_bytes(folder) < size + _SPARE:
-            raise DiskFull(f"The phone has no room for {source.name} ({size / 1e6:.0f} MB); free some storage on it.")
+        self._need_room(source, target.rpartition("/")[0])
         try:
             with _explained(), source.open("rb") as stream:
                 self._adb.sync.push(_Counted(stream, advance), partial, mode=mode, check=True)
@@ -196,6 +194,36 @@ class Device:
                 raise
             raise DeviceError(f"The phone does not take {target}: it has no room, or gives no permission.") from error
         self.run(f"mv {shlex.quote(partial)} {shlex.quote(target)}")
+
+    def deliver(self, source: Path, target: str, advance: Callable[[int], object]) -> None:
+        """Put a file into an app's folder, where phones let the shell write but not adb itself: it goes to the shell's folder first.
+
+        Args:
+            source: here.
+            target: there; it has its name only when it is whole.
+            advance: told of bytes that went.
+
+        Raises:
+            DiskFull: the phone has no room for it twice.
+            DeviceError: the phone is gone or refuses.
+        """
+        # Always the same name: what a push that was cut short left there goes with the next one.
+        waiting, partial = f"{_TEMPORARY}/cdcda-push", shlex.quote(f"{target}.partial")
+        clean = f"rm -f {waiting} {waiting}.partial {partial}"
+        self.run(clean)
+        self._need_room(source, _TEMPORARY, copies=2)
+        try:
+            self.push(source, waiting, advance)
+            # Not mv alone: from one file system to another it keeps the owner, which an app's folder does not let anybody set.
+            self.run(f"cp {waiting} {partial} && mv {partial} {shlex.quote(target)}")
+        finally:
+            with suppress(DeviceError):  # unplugged: the first reason is the one to hear
+                self.run(clean)
+
+    def _need_room(self, source: Path, folder: str, copies: int = 1) -> None:
+        need = copies * source.stat().st_size
+        if self.free_bytes(folder) < need + _SPARE:
+            raise DiskFull(f"The phone has no room for {source.name} ({need / 1e6:.0f} MB are needed); free some storage on it.")
 
     @contextmanager
     def staging(self) -> Iterator[str]:

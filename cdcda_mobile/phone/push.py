@@ -80,13 +80,17 @@ def push_bundle(device: Device, parcel: Parcel, name: str, application: str, sen
 
     Raises:
         ConfigError: that is no application id.
-        DeviceError: the app is not there, or the phone refuses.
+        DeviceError: the app is not there or was never opened, or the phone refuses.
         DiskFull: the phone has no room.
     """
     check_id(application)
     if not device.try_run(f"pm path {application}"):
         raise DeviceError(f"The app {application} is not on the phone: install it with `adb install`, open it once, and push again.")
-    folder = f"/sdcard/Android/data/{application}/files/models/{re.sub('[^A-Za-z0-9._-]+', '-', name)}"
+    own = f"/sdcard/Android/data/{application}/files"
+    # Android makes it for the app; one that the shell had made would be closed to the app.
+    if not device.try_run(f"test -d {own} && echo there"):
+        raise DeviceError(f"The app {application} was never opened on the phone, and has no folder yet: open it once, and push again.")
+    folder = f"{own}/models/{re.sub('[^A-Za-z0-9._-]+', '-', name)}"
     device.run(f"mkdir -p {folder}")
     # Taken away first and put back last: a model without it is none to the app.
     device.run(f"rm -f {folder}/{BUNDLE}")
@@ -99,12 +103,12 @@ def push_bundle(device: Device, parcel: Parcel, name: str, application: str, sen
             sent(path.stat().st_size)
             continue
         device.run(f"rm -f {shlex.quote(target)}")  # an old model is in the way of a new one where there is room for one
-        device.push(path, target, sent)
+        device.deliver(path, target, sent)
         done.sent.append(file)
     with TemporaryDirectory() as place:
         written = Path(place) / BUNDLE
         written.write_text(json.dumps(flat(parcel.bundle)), encoding="utf-8")
-        device.push(written, f"{folder}/{BUNDLE}", lambda count: None)
+        device.deliver(written, f"{folder}/{BUNDLE}", lambda count: None)
     return done
 
 
