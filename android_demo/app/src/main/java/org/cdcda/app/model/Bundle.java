@@ -1,6 +1,7 @@
 package org.cdcda.app.model;
 
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.Iterator;
 import java.util.LinkedHashMap;
 import java.util.List;
@@ -121,7 +122,7 @@ public record Bundle(
         return new Bundle(
                 format,
                 whole.getString("quant"),
-                Map.copyOf(files),
+                Collections.unmodifiableMap(files), // in their order
                 base.getString("name"),
                 base.getString("license"),
                 whole.getInt("context_length"),

@@ -4,6 +4,7 @@ import static org.junit.Assert.assertEquals;
 import static org.junit.Assert.assertThrows;
 import static org.junit.Assert.assertTrue;
 
+import java.util.List;
 import org.cdcda.app.Shared;
 import org.cdcda.app.model.BundleException.Problem;
 import org.json.JSONObject;
@@ -26,6 +27,7 @@ public class BundleTest {
         assertEquals("gguf-lora", bundle.format());
         assertEquals("q8_0", bundle.quant());
         assertEquals(new Bundle.Part("adapter.gguf", 9_800_000, "2".repeat(64)), bundle.files().get(Bundle.ADAPTER));
+        assertEquals(List.of(Bundle.MODEL, Bundle.ADAPTER), List.copyOf(bundle.files().keySet()));
         assertEquals("SmolLM2 135M Instruct", bundle.baseName());
         assertEquals(21, bundle.records());
         assertEquals(24, bundle.synthetic());

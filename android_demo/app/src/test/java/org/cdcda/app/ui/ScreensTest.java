@@ -133,7 +133,7 @@ public class ScreensTest {
     }
 
     private static void put(Map<String, Status> all, Stage stage, Object more, Status status) {
-        all.put((stage + "-" + more).toLowerCase(Locale.ROOT), status);
+        all.put((more.equals("") ? "" + stage : stage + "-" + more).toLowerCase(Locale.ROOT), status);
     }
 
     @Test
