@@ -10,21 +10,25 @@ import struct
 import subprocess
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cdcda_engine.build import BENCH, PROGRAMS, SERVER
 from cdcda_engine.variants import VARIANTS, best_variant, features_of
-from cdcda_export.errors import ConfigError, ExportError
+from cdcda_export.errors import ConfigError, ExportError, FileError
 from cdcda_export.export import AdapterJob, export_adapter
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
+from cdcda_mobile import emulated_command
 from cdcda_mobile.chat import read_artifact
 from cdcda_mobile.cli import main
+from cdcda_mobile.history import Record
 from cdcda_mobile.phone import emulated
 from cdcda_mobile.phone.device import connect
 from cdcda_mobile.phone.emulated import CPUS, agreement_of, emulate, qemu, served
 from cdcda_mobile.phone.on_device import bench_on_device, plan_for
+from cdcda_mobile.tasks import get_task
 from fake_adb import FakePhone, phones
 
 _AARCH64, _X86_64 = 183, 62
@@ -141,13 +145,46 @@ def test_the_build_for_emulators_computes_here(phone_engine: Path, tiny: Path) -
 
 
 def test_the_tiny_model_gives_on_arm_what_it_gives_here(
-    phone_engine: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phone_engine: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a user's run, of which the held-out records are asked; with and without the kernels that repack."""
+    run, commands = tmp_path / "42", list[list[str]]()
+    shutil.copytree(tiny, run / tiny.name)
+    records = [Record(f"r{n}", "2024", "headline", f"the thing number {n}", "x") for n in range(10)]
+    (run / "history").mkdir()
+    (run / "history" / "test.jsonl").write_text("".join(json.dumps(vars(record)) + "\n" for record in records))
+    start = emulated.served
+
+    def served(command: list[str], path: Path) -> Any:
+        commands.append(command)
+        return start(command, path)
+
+    monkeypatch.setattr(emulated, "served", served)
     monkeypatch.setattr("cdcda_mobile.emulated_command.build_engine", lambda progress: phone_engine)
-    assert main(["bench", str(tiny), "--arm", "--json", "--quiet"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main(["bench", str(run), "--arm", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    found = json.loads((run / "bench" / f"{tiny.name}-arm64-i8mm.json").read_text())
     assert found["passed"] and found["repacked"]["kl"] <= found["gate"] and found["positions"] >= 200
-    assert found["repacked"]["same_top"] > 0.9 and len(found["equal"]) == 4 and sum(found["equal"]) > 0.5 * sum(found["asked"])
+    assert found["repacked"]["same_top"] > 0.9 and found["versions"]["python"] and found["host"]["cores"] >= 1
+    assert ["--no-repack" in command for command in commands] == [False, True]
+    assert found["prompts"]["records"] == [f"r{n}" for n in range(8)] and len(found["asked"]) == 8
+    for key, name in (("equal", "repacked"), ("equal_plain", "plain")):
+        assert sum(found[key]) > 0.5 * sum(found["asked"])
+        total = rf"{sum(found[key])} of {sum(found['asked'])} tokens the same from the start"
+        assert re.search(rf"greedy, {name} +{total}", told)
+    assert f"8 prompts of {run}/history/test.jsonl" in told
+
+
+def test_without_held_out_records_the_neutral_text_is_asked(tmp_path: Path) -> None:
+    turns, asked = emulated_command._turns(tmp_path / "gguf-q8_0")
+    assert len(turns) == 4 and asked == {"source": "the neutral text", "records": []}
+    (tmp_path / "history").mkdir()
+    (tmp_path / "history" / "test.jsonl").write_text('{"id": "1"\n')
+    with pytest.raises(FileError, match="test.jsonl is damaged; export the user again with --redo history"):
+        emulated_command._turns(tmp_path / "gguf-q8_0")
+    record = Record("1", "2024", "headline", "A long night", "x")
+    (tmp_path / "history" / "test.jsonl").write_text(json.dumps(vars(record)))
+    assert emulated_command._turns(tmp_path / "gguf-q8_0")[0] == [get_task("headline").prompt("A long night")]
 
 
 @pytest.mark.model
@@ -158,7 +195,8 @@ def test_the_real_model_gives_on_arm_what_it_gives_here(phone_engine: Path, real
     prompts = ["The sky is", "In the year 1900", "Dear friends,", "A recipe for bread:"]
     found = emulate(real_base, phone_engine, "arm64-i8mm", prompts, lambda note: None)
     assert max(found.repacked.kl, found.plain.kl) < 0.01
-    assert sum(equal == asked for equal, asked in zip(found.equal, found.asked, strict=True)) >= 3
+    for same in (found.equal, found.equal_plain):
+        assert sum(equal == asked for equal, asked in zip(same, found.asked, strict=True)) >= 3
 
 
 def test_the_phone_on_the_cable_runs_the_real_engine(

@@ -29,6 +29,7 @@ from cdcda_export.verify import neutral_texts
 
 _CONTEXT, _CHUNKS = 128, 4  # llama-perplexity looks at the second half of each chunk
 _ANSWER = 16
+STEPS = 5
 # A line of llama-perplexity's: chunk, perplexity, ln of its ratio, KL divergence, RMS of the change, same top token; means up to there.
 _CHUNK = re.compile(r"^\s*\d+" + 2 * r"\s+\S+ ±\s+\S+" + r"\s+(\S+) ±\s+\S+\s+\S+ ±\s+\S+ %\s+(\S+) ±", re.MULTILINE)
 _START_S, _ASK_S = 300.0, 600.0
@@ -59,7 +60,8 @@ class Emulated:
         positions: that were compared.
         repacked: with the kernels that rearrange the weights at load, as phones run it.
         plain: without them.
-        equal: greedy tokens that were the same from the start, of each prompt.
+        equal: greedy tokens that were the same from the start with the repacked kernels, of each prompt.
+        equal_plain: the same without them.
         asked: greedy tokens that this machine gave, of each prompt.
     """
 
@@ -69,6 +71,7 @@ class Emulated:
     repacked: Agreement
     plain: Agreement
     equal: list[int]
+    equal_plain: list[int]
     asked: list[int]
 
 
@@ -102,8 +105,8 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
         model: a GGUF file.
         engine: the folder of the built engine.
         variant: which build; one for ARM.
-        prompts: rendered prompts, of which the greedy answers are compared.
-        step: told of every step; there are four.
+        prompts: rendered prompts, at least one, of which the greedy answers are compared.
+        step: told of every step; there are ``STEPS``.
 
     Raises:
         ConfigError: QEMU is not there, there is no such variant, or the engine has no build for this machine.
@@ -124,13 +127,16 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
                 f"llama-perplexity read too little of {model}: its tokenizer makes {_CONTEXT * _CHUNKS} tokens of no such text."
             )
         step("this machine")
-        found = []
-        for options in ([], ["--no-repack"]):
+        ids, ours = _greedy(model, prompts)
+        found: list[Agreement] = []
+        equal: list[list[int]] = []
+        for kernels, options in (("repacked", ()), ("plain", ("--no-repack",))):
             found.append(agreement_of(_say([*arm, str(engine / variant / PERPLEXITY), *common, "--kl-divergence", *options])))
-            step("plain kernels" if options else "repacked kernels")
-        equal, asked = _greedy(model, [*arm, str(engine / variant / SERVER)], prompts, Path(place) / "socket")
-        step("greedy answers")
-    return Emulated(variant, CPUS[variant], _CHUNKS * (_CONTEXT // 2 - 1), found[0], found[1], equal, asked)
+            step(f"{kernels} kernels")
+            equal.append(_equal(model, [*arm, str(engine / variant / SERVER), *options], ids, ours, Path(place) / kernels))
+            step(f"greedy answers, {kernels} kernels")
+    positions = _CHUNKS * (_CONTEXT // 2 - 1)
+    return Emulated(variant, CPUS[variant], positions, found[0], found[1], equal[0], equal[1], [len(one) for one in ours])
 
 
 def _host(engine: Path) -> list[str]:
@@ -164,20 +170,31 @@ def agreement_of(said: str) -> Agreement:
     return Agreement(float(kl), float(top) / 100)
 
 
-def _greedy(model: Path, server: Sequence[str], prompts: Sequence[str], socket_path: Path) -> tuple[list[int], list[int]]:
-    """Return how many greedy tokens are the same from the start, and how many this machine gave, of each prompt."""
-    with LlamaCpp(model, 1024) as runtime:
-        ids = [runtime.encode(prompt) for prompt in prompts]
-        ours = [runtime.greedy(one, _ANSWER) for one in ids]
+def _greedy(model: Path, prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of prompts, and this machine's greedy tokens behind each."""
+    with LlamaCpp(model, vocab_only=True) as words:
+        ids = [words.encode(prompt) for prompt in prompts]
+    with LlamaCpp(model, _room(ids)) as runtime:
+        return ids, [runtime.greedy(one, _ANSWER) for one in ids]
+
+
+def _room(ids: Sequence[Sequence[int]]) -> int:
+    """Return the context that the longest prompt and its answer need."""
+    return max(map(len, ids)) + _ANSWER + 1
+
+
+def _equal(model: Path, server: Sequence[str], ids: Sequence[list[int]], ours: Sequence[list[int]], socket_path: Path) -> list[int]:
+    """Return how many greedy tokens of a server are the same as this machine's from the start, of each prompt."""
     equal = []
-    with served([*server, "-m", str(model), "-c", "1024", "-t", str(cpu_threads()), "--parallel", "1"], socket_path) as ask:
+    command = [*server, "-m", str(model), "-c", str(_room(ids)), "-t", str(cpu_threads()), "--parallel", "1"]
+    with served(command, socket_path) as ask:
         for prompt, expected in zip(ids, ours, strict=True):
             asked = {"prompt": prompt, "n_predict": _ANSWER, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
             theirs = ask(asked)["tokens"]
             equal.append(
                 next((at for at, (a, b) in enumerate(zip(expected, theirs, strict=False)) if a != b), min(len(expected), len(theirs)))
             )
-    return equal, [len(one) for one in ours]
+    return equal
 
 
 class _UnixConnection(http.client.HTTPConnection):
