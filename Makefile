@@ -27,7 +27,7 @@ demo: ## set up .venv and build the phone model of sample user 42 (USER_ID=7 DEM
 
 apk: ## set up .venv and pack the model of a sample user into an Android app (USER=42)
 	@$(SETUP) --extras train,phone
-	@for tool in mvn javac aapt2; do command -v $$tool > /dev/null \
+	@for tool in mvn javac $$(test -x "$$ANDROID_HOME/build-tools/34.0.0/aapt2" || echo aapt2); do command -v $$tool > /dev/null \
 		|| { echo "The app needs $$tool: apt install maven default-jdk-headless aapt"; exit 1; }; done
 	@.venv/bin/cdcda-export --user "$(APK_USER)" --format gguf
 	@.venv/bin/cdcda apk --user "$(APK_USER)"

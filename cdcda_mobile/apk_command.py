@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _cargo(arguments: argparse.Namespace) -> tuple[Cargo, str]:
     place = arguments.bundle or Workspace(arguments.workspace).user_directory(arguments.user)
-    usual = place / _USUAL
-    if arguments.user and not arguments.compare and (usual / MANIFEST).exists():
-        place = usual
-    directory = find_artifact(place, ("gguf-lora",) if arguments.compare else RUNS)
+    directory = newest = find_artifact(place, ("gguf-lora",) if arguments.compare else RUNS)
+    if arguments.user and not arguments.compare and (place / _USUAL / MANIFEST).exists():
+        directory = place / _USUAL
     parcel = parcel_of(directory)
+    print(f"Packing {directory}" + (f"; {newest} is newer: --bundle {newest} packs that." if newest != directory else "."))
     files = {name: path for name, path in parcel.files.items() if name != LICENCES}
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{directory.resolve().parent.name}-{directory.name}")
     return Cargo(flat(parcel.bundle), files, parcel.files[LICENCES]), name

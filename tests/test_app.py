@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import re
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import NoEncryption, pkcs12
 
 from cdcda_apk import APPLICATION_ID
 from cdcda_apk.axml import renamed
-from cdcda_apk.packing import Cargo, pack
+from cdcda_apk.packing import _LARGEST, Cargo, check_id, pack
 from cdcda_apk.shell import find_shell
-from cdcda_apk.signing import PASSWORD, own_key
+from cdcda_apk.signing import PASSWORD, key_of, own_key
 from cdcda_engine.variants import best_variant, features_of
 from cdcda_export.chat_template import template_of
 from cdcda_export.errors import BuildError, ConfigError, FileError
@@ -31,9 +36,11 @@ from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.verify import neutral_texts
-from cdcda_mobile.cli import main
+from cdcda_mobile.cli import export_main, main
 from cdcda_mobile.phone.device import Core, big_cores
 from cdcda_mobile.phone.emulated import CPUS, qemu
+from fake_endpoint import FakeEndpoint
+from job import KEY, set_table
 from talk import talking
 from tiny import make_adapter
 
@@ -99,16 +106,24 @@ def test_both_languages_know_the_same_processors() -> None:
         assert big_cores([Core(*core) for core in case["cores"]]) == case["big"]
 
 
-def test_an_export_writes_the_bundle_that_the_app_reads(tiny: Path) -> None:
+def test_an_export_writes_the_bundle_that_the_app_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own, with everything that an adapter from elsewhere has not: presets, and what it learned from."""
+
     def shape(value: object) -> object:
+        if isinstance(value, list):
+            assert len({json.dumps(shape(one), sort_keys=True) for one in value}) == 1
+            return [shape(value[0])]
         return {key: shape(one) for key, one in value.items()} if isinstance(value, dict) else type(value).__name__
 
     known = json.loads((Path(__file__).parent / "data" / "bundle.json").read_text())
-    made = json.loads((tiny / "bundle.json").read_text())
+    with FakeEndpoint() as teacher:
+        desk = set_table(tmp_path, teacher)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        assert export_main(desk.arguments("--format", "gguf-lora", "--quant", "q8_0")) == 0
+    made = json.loads((desk.run / "gguf-lora-q8_0" / "bundle.json").read_text())
     assert made["schema"] == known["schema"] and set(made) == set(known)
-    for part in ("base", "context_length", "memory_bytes", "cache_bytes_per_token", "licences"):
+    for part in set(known) - {"tensor_types", "verification"}:
         assert shape(made[part]) == shape(known[part]), part
-    assert shape(made["files"]["model"]) == shape(known["files"]["model"])
     assert set(known["verification"]) <= set(made["verification"])
 
 
@@ -194,9 +209,27 @@ def test_ones_own_keystore_signs(packed: Any, tiny: Path, tmp_path: Path, monkey
     capsys.readouterr()
     packed("--bundle", tiny, "--keystore", keystore, code=2)
     assert f"{PASSWORD} is not its password" in capsys.readouterr().err
+    monkeypatch.setenv(PASSWORD, "secret1")
+    packed("--bundle", tiny, "--keystore", own_keystore(tmp_path, ["-keyalg", "EdDSA"]), code=2)
+    assert "holds no RSA or elliptic-curve key" in capsys.readouterr().err
     packed("--bundle", tiny, "--keystore", tmp_path / "none.p12", code=1)
     assert "Cannot read" in capsys.readouterr().err
     assert (tmp_path / "data" / "cdcda").exists() is False  # nobody asked for a key of this machine's
+
+
+def test_a_curve_that_android_does_not_know_is_refused(tmp_path: Path) -> None:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "me")])
+    when = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    for curve, known in ((ec.SECP256R1(), True), (ec.SECP384R1(), True), (ec.SECP521R1(), True), (ec.SECP256K1(), False)):
+        private = ec.generate_private_key(curve)
+        made = x509.CertificateBuilder(name, name, private.public_key(), 1, when, when + dt.timedelta(1)).sign(private, hashes.SHA256())
+        keystore = tmp_path / f"{curve.name}.p12"
+        keystore.write_bytes(pkcs12.serialize_key_and_certificates(b"a", private, made, None, NoEncryption()))
+        if known:
+            assert key_of(keystore, "").certificate
+        else:
+            with pytest.raises(ConfigError, match="the curve secp256k1, and Android takes P-256, P-384 and P-521"):
+                key_of(keystore, "")
 
 
 def test_this_machines_own_key_is_private_and_stays(packed: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +271,13 @@ def test_of_a_users_exports_the_right_one_is_packed(
     for made in (merged, pair, onnx):
         shutil.copytree(made, run / made.name)  # as deep as before: the shared base is found
     assert bundle()["format"] == "gguf-lora"  # the newest that the app runs
+    assert capsys.readouterr().out.startswith(f"Packing {run / pair.name}.\n")
     assert bundle("--compare")["files"].keys() == {"model", "adapter"}
     shutil.copytree(merged, run / "gguf-q4_0")  # the usual one, however old
+    os.utime(run / "gguf-q4_0" / "manifest.json", (0, 0))
     assert bundle()["format"] == "gguf"
+    newer = run / pair.name
+    assert f"Packing {run / 'gguf-q4_0'}; {newer} is newer: --bundle {newer} packs that.\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_packed_is_one_sentence(packed: Any, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture) -> None:
@@ -263,6 +300,8 @@ def test_what_cannot_be_packed_is_one_sentence(packed: Any, tmp_path: Path, llam
     assert "cannot be read as an app" in sentence("--model-less", "--shell", no_zip, code=1)
     assert "has no AndroidManifest.xml and no resources.arsc" in sentence("--model-less", "--shell", no_app, code=1)
     assert "is no application id" in sentence("--model-less", "--application-id", "ann", code=2)
+    assert "above 70 letters the engine's socket has no name" in sentence("--model-less", "--application-id", "a." + 69 * "b", code=2)
+    check_id("a." + 68 * "b")
     assert "holds no finished gguf or gguf-lora artifact" in sentence("--bundle", tmp_path, code=1)
     job = AdapterJob(llama_adapter, llama_base, workspace=tmp_path / "quick", config=ExportConfig(quant="q8_0", verify="quick"))
     export_adapter(job, Silent())
@@ -273,7 +312,8 @@ def test_what_cannot_be_packed_is_one_sentence(packed: Any, tmp_path: Path, llam
 def test_a_model_above_two_gigabytes_is_not_for_a_package(tmp_path: Path, app: App, phone_engine: Path) -> None:
     large = tmp_path / "model.gguf"
     with large.open("wb") as stream:
-        stream.truncate(2**31)
+        stream.truncate(_LARGEST + 1)
+    assert _LARGEST * 1.05 < zipfile.ZIP64_LIMIT  # from there on zipfile writes what Android does not read
     with pytest.raises(ConfigError, match="above 2 GB"):
         pack(app.shell, phone_engine, Cargo({}, {"model.gguf": large}, large), "a.b", own_key(tmp_path / "k.p12"), tmp_path / "x.apk", id)
 
@@ -288,10 +328,18 @@ def test_the_shell_is_built_once_and_what_it_takes_is_named(tmp_path: Path, monk
         (tools / name).chmod(0o755)
 
     monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.delenv("ANDROID_HOME", raising=False)
     with pytest.raises(ConfigError, match="needs maven and default-jdk-headless and aapt: `apt install"):
         find_shell(None, Silent())
-    for name in ("javac", "aapt2"):
-        tool(name, "")
+    in_sdk = tmp_path / "sdk" / "build-tools" / "34.0.0" / "aapt2"
+    in_sdk.parent.mkdir(parents=True)
+    in_sdk.touch()
+    monkeypatch.setenv("ANDROID_HOME", str(tmp_path / "sdk"))
+    tool("javac", "")
+    with pytest.raises(ConfigError, match="needs maven: `apt install maven`"):
+        find_shell(None, Silent())
+    monkeypatch.delenv("ANDROID_HOME")
+    tool("aapt2", "")
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin")
     tool("mvn", "echo '[ERROR] Could not find artifact com.android.tools:r8:jar:8.7.18'; exit 1")
     with pytest.raises(BuildError, match="add Google's Maven repository"):
@@ -378,7 +426,7 @@ def test_the_real_model_answers_on_arm_as_it_does_here(
     app: App, packed: Any, real_base: Path, llama_adapter: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     adapter = make_adapter(tmp_path_factory.mktemp("real") / "adapter", real_base, rank=4, alpha=0.1)
-    job = AdapterJob(adapter, real_base, workspace=tmp_path / "runs", config=ExportConfig(quant="q8_0"))
+    job = AdapterJob(adapter, real_base, workspace=tmp_path / "runs", config=ExportConfig(quant="q4_0"))
     export_adapter(job, Silent())
     program = unpacked(packed("--bundle", job.directory), tmp_path)
     words = " ".join(neutral_texts()).split()

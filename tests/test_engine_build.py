@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Callable
@@ -25,7 +26,10 @@ args = dict(word[2:].partition("=")[::2] for word in sys.argv if word.startswith
 target = pathlib.Path(sys.argv[sys.argv.index("-B") + 1])
 assert os.access(args["CMAKE_C_COMPILER"], os.X_OK) and "-march" not in " ".join(sys.argv)
 assert pathlib.Path(args["CMAKE_PROJECT_INCLUDE"]).read_text().count("target_compile_options") == 1
-told = json.dumps({"target": target.name, "cpu": args["CDCDA_CPU"], "cc": open(args["CMAKE_C_COMPILER"]).read(), "args": args})
+told = {"target": target.name, "cpu": args["CDCDA_CPU"], "cc": open(args["CMAKE_C_COMPILER"]).read(), "args": args}
+library = os.environ.get("ZIG_LIB_DIR")
+tables = ("libc/include/x86_64-linux-musl/bits/syscall.h", "std/os/linux/syscalls.zig")
+told = json.dumps(told | {"calls": [open(f"{library}/{table}").read() for table in tables] if library else None})
 open(ran, "a").write(told + "\\n")
 target.mkdir(exist_ok=True)
 (target / "cpu").write_text(args["CDCDA_CPU"])
@@ -54,9 +58,16 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         return ran
 
     zig = tmp_path / "ziglang"
+    for machine, calls in (("aarch64", ("ppoll", "mount")), ("x86_64", ("poll", "ppoll", "mount", "arch_prctl"))):
+        header = zig / f"lib/libc/include/{machine}-linux-musl/bits/syscall.h"
+        header.parent.mkdir(parents=True)
+        header.write_text("".join(f"#define {kind}_{call} {n}\n" for kind in ("__NR", "SYS") for n, call in enumerate(calls)))
     for name in ("LICENSE", "lib/libc/musl/COPYRIGHT", *(f"lib/{one}/LICENSE.TXT" for one in ("libcxx", "libcxxabi", "libunwind"))):
         (zig / name).parent.mkdir(parents=True, exist_ok=True)
         (zig / name).write_text(name)
+    enums = (f"pub const {name} = enum(usize) {{\n    poll = 7,\n    ppoll = 271,\n}};\n" for name in ("X86", "X64", "X32"))
+    (zig / "lib" / "std" / "os" / "linux").mkdir(parents=True)
+    (zig / "lib" / "std" / "os" / "linux" / "syscalls.zig").write_text("".join(enums))
     root = f"llama_cpp_python-{converter_version()}/vendor/llama.cpp"
     names = ("CMakeLists.txt", "LICENSE", "licenses/LICENSE-jsonhpp", "vendor/cpp-httplib/LICENSE")
     with tarfile.open(tmp_path / "sources.tar.gz", "w:gz") as archive:
@@ -83,6 +94,11 @@ def test_every_variant_is_made_in_the_tree_of_its_target_and_kept(tools: Callabl
     for name, variant in VARIANTS.items():
         assert {(folder / name / program).read_text() for program in build.PROGRAMS} == {variant.cpu}
     assert f'cc -target aarch64-linux-musl -ffile-prefix-map={folder}.partial=. "$@"' in told[1]["cc"]
+    # For emulators without the old calls, of which Android's sandbox knows none; for phones with zig's library as it is.
+    (header, table), *of_phones = [one["calls"] for one in told]
+    assert re.findall(r"(\w+) \d", header) == [f"{kind}_{call}" for kind in ("__NR", "SYS") for call in ("ppoll", "mount", "arch_prctl")]
+    assert re.findall(r"X\d\d|p{1,2}oll", table) == ["X86", "poll", "ppoll", "X64", "ppoll", "X32", "poll", "ppoll"]
+    assert of_phones == [None, None, None]
     linked = told[0]["args"]["CMAKE_EXE_LINKER_FLAGS"]
     assert "-static" in linked and "max-page-size=16384" in linked and told[0]["args"]["GGML_NATIVE"] == "OFF"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*VARIANTS, "facts.json", "licences"])

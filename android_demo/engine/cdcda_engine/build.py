@@ -7,6 +7,9 @@ The sources are those of the installed llama-cpp-python, so a phone runs the lla
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import re
 import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +27,14 @@ BUILD_COMMAND = "cdcda build-engine"
 SERVER, BENCH, PERPLEXITY = PROGRAMS = ("llama-server", "llama-bench", "llama-perplexity")
 _KIND = "engines"
 _RECIPE = Path(__file__).with_name("engine.cmake")
+_ALLOWED = Path(__file__).with_name("app_syscalls.json")
+_HEADER = "libc/include/{}-linux-musl/bits/syscall.h"
+# Where zig's library lists the system calls of x86_64: a part of a file, and a line of it that holds one of some names. A part of its libc
+# is musl's, in C, the rest its own; the latter's table holds all processors, one after the other.
+_CALLS = {
+    _HEADER.format("x86_64"): [r".*", r"^#define (?:__NR|SYS)_(?:{})\s.*\n"],
+    "std/os/linux/syscalls.zig": [r"pub const X64 = .*?\n}", r"^ *(?:{}) = .*\n"],
+}
 # Phones of 16 KB pages load no segment that is aligned to less.
 _PAGE = 16384
 _CMAKE = (
@@ -58,7 +69,8 @@ def _zig() -> tuple[Path, str]:
 def _inputs() -> dict[str, object]:
     """Return what decides the machine code."""
     recipe = {name: [variant.target, variant.cpu] for name, variant in VARIANTS.items()}
-    return {"version": converter_version(), "zig": _zig()[1], "cmake": [*CMAKE, *_CMAKE], "hook": sha256_file(_RECIPE), "variants": recipe}
+    files = {"hook": sha256_file(_RECIPE), "allowed": sha256_file(_ALLOWED)}
+    return {"version": converter_version(), "zig": _zig()[1], "cmake": [*CMAKE, *_CMAKE], "calls": _CALLS, "variants": recipe, **files}
 
 
 def engine() -> Path | None:
@@ -90,10 +102,12 @@ def _make(compiler: Build) -> dict[str, str]:
     zig, partial = _zig()[0], compiler.folder
     facts = compiler.unpack(("tools/server", "tools/llama-bench", "tools/perplexity", "licenses"))
     _keep_licences(compiler.sources, zig.parent, partial / "licences")
+    library = _library_of_apps(zig.parent / "lib", partial / "zig" / "lib")
     # The plainest first: what all variants of a target share is compiled with it.
     for name, variant in reversed(VARIANTS.items()):
         compiler.what = f"the engine ({name})"
-        made = compiler.make(variant.target, _options(zig, variant, partial), PROGRAMS, _environment(partial))
+        environment = _environment(partial) | ({"ZIG_LIB_DIR": str(library)} if variant.abi == "x86_64" else {})
+        made = compiler.make(variant.target, _options(zig, variant, partial), PROGRAMS, environment)
         (partial / name).mkdir()
         for program in PROGRAMS:
             shutil.copy2(made / program, partial / name / program)
@@ -121,6 +135,22 @@ def _options(zig: Path, variant: Variant, partial: Path) -> list[str]:
     found = [f"-DCMAKE_{variable}={folder / name}" for variable, name in tools.items()]
     found += [f"-DCMAKE_SYSTEM_PROCESSOR={variant.target.partition('-')[0]}", f"-DCMAKE_PROJECT_INCLUDE={_RECIPE}"]
     return [*found, f"-DCDCDA_CPU={variant.cpu}", *_CMAKE]
+
+
+def _library_of_apps(library: Path, target: Path) -> Path:
+    """Return zig's library for x86_64 without the system calls that Android's sandbox forbids and that ARM never had.
+
+    What libc does not know it does with a newer call, as on ARM: ``ppoll`` for ``poll``, ``openat`` for ``open``.
+    """
+    has = {machine: set(re.findall(r"__NR_(\w+)", (library / _HEADER.format(machine)).read_text())) for machine in ("x86_64", "aarch64")}
+    old = "|".join(has["x86_64"] - has["aarch64"] - set(json.loads(_ALLOWED.read_text())["x86_64"]))
+    shutil.copytree(library, target, copy_function=os.symlink)
+    for name, (part, line) in _CALLS.items():
+        text = (library / name).read_text()
+        own = re.findall(part, text, re.DOTALL)[0]
+        (target / name).unlink()  # a link to zig's
+        (target / name).write_text(text.replace(own, re.sub(line.format(old), "", own, flags=re.MULTILINE)))
+    return target
 
 
 def _environment(partial: Path) -> dict[str, str]:

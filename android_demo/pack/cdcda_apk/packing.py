@@ -26,7 +26,10 @@ from cdcda_export.manifest import sha256_file
 
 _MANIFEST = "AndroidManifest.xml"
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+")
-_LARGEST = 2**31 - 2**26  # bytes of a model; beyond 2 GiB zip files have another form, which Android does not read
+# Bytes of a model. What is above 2 GiB with a twentieth on top of it gets ZIP64 headers from zipfile, which Android does not read.
+_LARGEST = 2_000_000_000
+# Letters of an application id: the engine's socket lies in the app's private folder, and sun_path holds 108 bytes with the zero behind it.
+_LONGEST_ID = 107 - len("/data/user/999/") - len("/no_backup/engine.sock")
 _RECIPE = 1  # raised whenever the same inputs are packed in another way
 
 
@@ -58,6 +61,10 @@ def check_id(application: str) -> None:
     """
     if not _ID.fullmatch(application):
         raise ConfigError(f"'{application}' is no application id; one looks like {APPLICATION_ID}.ann.")
+    if len(application) > _LONGEST_ID:
+        raise ConfigError(
+            f"'{application}' is too long for an application id: above {_LONGEST_ID} letters the engine's socket has no name."
+        )
 
 
 def pack(shell: Path, engine: Path, cargo: Cargo | None, application: str, key: Key, out: Path, advance: Callable[[int], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from cdcda_export.progress import Progress
 _SHIPPED = Path(__file__).with_name("shell.apk")  # in a wheel
 _MODULE = Path(__file__).resolve().parents[2] / "app"  # in a checkout
 _TOOLS = {"mvn": "maven", "javac": "default-jdk-headless", "aapt2": "aapt"}
+_SDK_AAPT2 = Path("build-tools", "34.0.0", "aapt2")  # below ANDROID_HOME, where pom.xml takes the SDK's tools
 _GOOGLE = ("com.android.tools:r8", "androidx.test")
 
 
@@ -50,7 +52,9 @@ def _hash(module: Path) -> str:
 
 
 def _build(partial: Path, progress: Progress) -> dict[str, str]:
-    missing = [package for tool, package in _TOOLS.items() if not shutil.which(tool)]
+    sdk = os.environ.get("ANDROID_HOME")
+    there = {"aapt2"} if sdk and (Path(sdk) / _SDK_AAPT2).is_file() else set()
+    missing = [package for tool, package in _TOOLS.items() if tool not in there and not shutil.which(tool)]
     if missing:
         raise ConfigError(
             f"Building the app needs {' and '.join(missing)}: `apt install {' '.join(missing)}`, then the same command again."

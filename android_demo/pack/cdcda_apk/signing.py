@@ -22,6 +22,7 @@ _MAGIC = b"APK Sig Block 42"
 _V2, _V3 = 0x7109871A, 0xF05368C0
 _STRIPPED = 0xBEEFF00D  # an attribute of scheme 2: there was a signature of this scheme beside it
 _RSA, _EC = 0x0103, 0x0201  # with SHA-256: RSASSA-PKCS1-v1_5, ECDSA
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")  # P-256, P-384, P-521: what Android verifies
 _CHUNK = 1 << 20
 _EOCD = b"PK\x05\x06"
 _V3_FROM, _ALL = 28, 0x7FFFFFFF  # Android 9 knows scheme 3
@@ -88,6 +89,8 @@ def key_of(keystore: Path, password: str | None = None) -> Key:
         raise ConfigError(f"{keystore} is no PKCS #12 keystore, or {PASSWORD} is not its password.") from error
     if certificate is None or not isinstance(private, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{keystore} holds no RSA or elliptic-curve key with its certificate.")
+    if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name not in _CURVES:
+        raise ConfigError(f"{keystore} holds a key on the curve {private.curve.name}, and Android takes P-256, P-384 and P-521.")
     return _key(private, certificate)
 
 
