@@ -25,7 +25,6 @@ from cdcda_mobile.phone.constrain import enter, is_starved
 SUSTAINED_TOKENS = 128  # of sustained decode, after which the cache is emptied: the same in every runtime, and on a phone
 _WINDOW_S = 10.0
 _UBATCH = 512
-_WARNING, _ERROR = 3, 4  # levels of ggml's log
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,10 @@ class LlamaEngine:
     def __init__(self, path: Path, adapter: str, threads: int, context: int) -> None:
         import llama_cpp
 
-        self._llama, self._said = llama_cpp, list[str]()
+        from cdcda_export.runtime import keep_log_to_ourselves
 
-        @llama_cpp.llama_log_callback
-        def hear(level: int, text: bytes, _data: object) -> None:
-            if level in (_WARNING, _ERROR):
-                self._said.append(text.decode(errors="replace").strip())
-                print(self._said[-1], file=sys.stderr, flush=True)  # where it crashes, this is what tells why
-
-        self._hear = hear  # llama.cpp holds only a pointer
-        llama_cpp.llama_log_set(hear, None)
+        self._llama = llama_cpp
+        keep_log_to_ourselves(aloud=True)
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # read, not mapped: what the kernel may drop is not memory that is needed
@@ -146,9 +139,12 @@ class LlamaEngine:
 
     def _failure(self, what: str) -> Exception:
         """Return what to raise where llama.cpp gave nothing: its log tells a lack of memory from a damaged file."""
-        if is_starved("\n".join(self._said)):
+        from cdcda_export.runtime import last_words
+
+        if is_starved("\n".join(last_words())):
             return MemoryError(f"failed to allocate {what}")
-        return ExportError(f"llama.cpp does not load {what} ({self._said[0] if self._said else 'no reason given'})")
+        said = [line for line in last_words() if "error" in line.lower() or "failed" in line.lower()]
+        return ExportError(f"llama.cpp does not load {what} ({said[0] if said else 'no reason given'})")
 
     def clear(self) -> None:
         """Empty the cache."""

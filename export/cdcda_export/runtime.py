@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,21 +19,33 @@ if TYPE_CHECKING:
     from cdcda_export.verify import Probe
 
 _log: list[str] = []
+_WARNING, _ERROR = 3, 4  # levels of ggml's log
 
 
 @cache
-def keep_log_to_ourselves() -> Any:
-    """Route llama.cpp's log into a short list: it says why a load failed, and never speaks on the user's screen."""
+def keep_log_to_ourselves(aloud: bool = False) -> Any:
+    """Route llama.cpp's log into a short list: it says why a load failed, and never speaks on the user's screen.
+
+    Args:
+        aloud: repeat warnings and errors on standard error, for a child whose parent reads them: where it crashes, they tell why.
+    """
     import llama_cpp
 
     @llama_cpp.llama_log_callback
-    def remember(_level: int, text: bytes, _data: object) -> None:
+    def remember(level: int, text: bytes, _data: object) -> None:
         if text.strip():
             _log.append(text.decode(errors="replace").strip())
             del _log[:-20]
+            if aloud and level in (_WARNING, _ERROR):
+                sys.stderr.write(f"{_log[-1]}\n")
 
     llama_cpp.llama_log_set(remember, None)
     return remember  # kept alive by the cache: llama.cpp holds only a pointer
+
+
+def last_words() -> list[str]:
+    """Return the last lines of llama.cpp's log, for which ``keep_log_to_ourselves`` was called."""
+    return [*_log]
 
 
 def _reason(error: Exception) -> str:
