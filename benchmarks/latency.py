@@ -24,7 +24,7 @@ from typing import Any
 from cdcda_export.artifact import Artifact, types_of
 from cdcda_export.base import Base
 from cdcda_export.bundle import memory_needed
-from cdcda_export.compiling import CMAKE, Build, compiled
+from cdcda_export.compiling import CMAKE, NATIVE, Build, compiled
 from cdcda_export.converter import converter_version
 from cdcda_export.gguf import GgufFile
 from cdcda_export.merge import merge_to_gguf
@@ -37,7 +37,6 @@ from cdcda_mobile.phone.constrain import choose_cores
 from laboratory import hardware, print_table, write_results
 
 PROGRAM, PROTOCOL = "llama-bench", "llama-bench"
-OPTIONS = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON")
 PHONE = "galaxy-s23"
 DRAWS = 10_000
 REPEATS = 3  # of each side of a pair
@@ -49,10 +48,10 @@ def peer() -> Path:
 
     def make(compiler: Build) -> dict[str, str]:
         facts = compiler.unpack(("tools/llama-bench",))
-        os.replace(compiler.make("build", OPTIONS, (PROGRAM,)) / PROGRAM, compiler.folder / PROGRAM)
+        os.replace(compiler.make("build", NATIVE, (PROGRAM,)) / PROGRAM, compiler.folder / PROGRAM)
         return facts
 
-    inputs = {"program": PROGRAM, "version": converter_version(), "cmake": [*CMAKE, *OPTIONS], "machine": hardware()["processor"]}
+    inputs = {"program": PROGRAM, "version": converter_version(), "cmake": [*CMAKE, *NATIVE], "machine": hardware()["processor"]}
     return compiled("peers", inputs, PROGRAM, Plain(), make) / PROGRAM
 
 

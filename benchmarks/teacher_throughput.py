@@ -198,7 +198,7 @@ def main() -> None:
     for _ in range(pairs):
         ours.append(bench.pipeline(slots))
         saturated.append(bench.saturated(slots))
-        python.append(bench.python_server(4 if arguments.quick else 16))
+        python.append(bench.python_server(min(16, bench.config.keep // 3)))
     sweep = [bench.saturated(number) for number in arguments.sweep]
     rows = [("augment", ours), ("saturated", saturated), ("llama-cpp-python's server", python)]
     print_table(["", "median tokens/s"], [[n, median(s)] for n, s in rows] + [[f"{n['slots']} slots", n["tokens_per_s"]] for n in sweep])

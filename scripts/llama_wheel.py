@@ -29,6 +29,8 @@ from setup_errors import SetupError, failure_text
 PACKAGE = "llama-cpp-python"
 # The multimodal part doubles the compile time and nothing here uses it.
 CMAKE_ARGS = "-DLLAVA_BUILD=OFF"
+# Without AMX: what a GCC older than 12.4 or 13.3 (its bug 114098) makes of llama.cpp's AMX code crashes in the first matrix product.
+CXXFLAGS = "-U__AMX_INT8__"
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
 
 
@@ -77,6 +79,11 @@ def cmake_args(env: Mapping[str, str]) -> str:
     return f"{CMAKE_ARGS} {env.get('CMAKE_ARGS', '')}".strip()
 
 
+def cxxflags(env: Mapping[str, str]) -> str:
+    """Our compiler flags followed by the user's own, which may overrule them."""
+    return f"{CXXFLAGS} {env.get('CXXFLAGS', '')}".strip()
+
+
 def key_of_this_machine(version: str, env: Mapping[str, str]) -> WheelKey:
     """The key of a build made here and now."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -86,7 +93,7 @@ def key_of_this_machine(version: str, env: Mapping[str, str]) -> WheelKey:
     if found:
         shown = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
         compiler = shown.partition("\n")[0]
-    flags = " ".join(env.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")).strip()
+    flags = " ".join([env.get("CFLAGS", ""), cxxflags(env), env.get("LDFLAGS", "")]).strip()
     return WheelKey(version, cmake_args(env), flags, platform.machine(), cpu, compiler, " ".join(platform.libc_ver()))
 
 
@@ -227,6 +234,7 @@ class WheelJob:
         self._build = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
         env = dict(os.environ)
         env["CMAKE_ARGS"] = self.key.cmake_args
+        env["CXXFLAGS"] = cxxflags(env)
         env["TMPDIR"] = str(self._build)  # so that killing us leaves nothing elsewhere
         env["SKBUILD_NINJA_MAKE_FALLBACK"] = "false"  # plain make would compile one file at a time
         tools = str(Path(__file__).with_name("build-constraints.txt"))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 import system_packages
-from llama_wheel import PACKAGE, WheelJob, cache_folder, clock, cmake_args, find_wheel, key_of_this_machine, pinned_version
+from llama_wheel import PACKAGE, WheelJob, cache_folder, clock, cmake_args, cxxflags, find_wheel, key_of_this_machine, pinned_version
 from setup_errors import SetupError, failure_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ class Venv:
 
 def fingerprint(venv: Venv, env: Mapping[str, str]) -> str:
     """A hash of all that decides what the venv should hold, but for the extras."""
-    parts = [str(venv.root), venv.version() or "", cmake_args(env)]
+    parts = [str(venv.root), venv.version() or "", cmake_args(env), cxxflags(env)]
     parts += [(venv.root / name).read_text() for name in ("pyproject.toml", "constraints.txt")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from cdcda_export.cache import find
-from cdcda_export.compiling import CMAKE, Build, compiled
+from cdcda_export.compiling import CMAKE, NATIVE, Build, compiled
 from cdcda_export.converter import converter_version
 from cdcda_export.errors import ConfigError
 from cdcda_export.progress import Progress
@@ -24,8 +24,6 @@ OFF = "off"
 BUILD_COMMAND = "cdcda build-server"
 _NAME = "llama-server"
 _KIND = "servers"
-# This build is for this machine alone.
-_CMAKE = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON")
 # What -march=native looks at.
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
 # A web page, the list of who asks what, gigabytes of old prompts and the network are nothing that a teacher of ours needs.
@@ -88,7 +86,7 @@ def _is_program(path: Path) -> bool:
 
 def _inputs() -> dict[str, object]:
     """Return what decides the machine code, but for the compiler: another one gives the same answers, but for last bits."""
-    return {"version": converter_version(), "cmake": [*CMAKE, *_CMAKE], "machine": platform.machine(), "processor": _processor()}
+    return {"version": converter_version(), "cmake": [*CMAKE, *NATIVE], "machine": platform.machine(), "processor": _processor()}
 
 
 def _processor() -> list[str]:
@@ -116,7 +114,7 @@ def build_native_server(progress: Progress) -> Path:
 
     def make(compiler: Build) -> dict[str, str]:
         facts = compiler.unpack(("tools/server",))
-        os.replace(compiler.make("build", _CMAKE, (_NAME,)) / _NAME, compiler.folder / _NAME)
+        os.replace(compiler.make("build", NATIVE, (_NAME,)) / _NAME, compiler.folder / _NAME)
         return facts
 
     return compiled(_KIND, _inputs(), "llama.cpp's server", progress, make) / _NAME
