@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +39,14 @@ _PARTS = {
 }
 
 
+# One product of the default base in a process of its own: a llama.cpp that this processor cannot run dies without a word.
+_COMPUTE = "import sys; from cdcda_export.runtime import LlamaCpp; from pathlib import Path; LlamaCpp(Path(sys.argv[1]), 64).logits([1, 2, 3])"
+_COMPILE_AGAIN = (
+    "CXXFLAGS=-U__AMX_INT8__ CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install --force-reinstall --no-deps --no-cache-dir "
+    "--no-binary llama-cpp-python llama-cpp-python"
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report."""
@@ -57,6 +67,8 @@ def examine(workspace: Path) -> list[Finding]:
     try:
         base = default_base()
         findings.append(Finding(base.exists(), "default base", base.name))
+        if importlib.util.find_spec("llama_cpp"):
+            findings.append(_computes(base))
     except CdcdaError as error:
         findings.append(Finding(False, "default base", str(error)))
     endpoint = os.environ.get("OPENAI_BASE_URL") or ("the provider's own" if os.environ.get("OPENAI_API_KEY") else "")
@@ -64,6 +76,14 @@ def examine(workspace: Path) -> list[Finding]:
         Finding(True, "teacher", f"endpoint {endpoint}" if endpoint else "none named: a local llama.cpp server with the base model")
     )
     return [*findings, _local_server(), _phone_engine(), _qemu()]
+
+
+def _computes(base: Path) -> Finding:
+    done = subprocess.run([sys.executable, "-P", "-c", _COMPUTE, str(base)], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode < 0:
+        return Finding(False, "llama.cpp", f"dies on this processor of signal {-done.returncode}; compile it again: {_COMPILE_AGAIN}")
+    said = done.stderr.strip().splitlines() or ["it said nothing"]
+    return Finding(done.returncode == 0, "llama.cpp", said[-1] if done.returncode else "computes on this processor")
 
 
 def _local_server() -> Finding:

@@ -162,6 +162,7 @@ def uv_command(venv: Venv, extras: Sequence[str], wheel: Path | None) -> list[st
         command += ["--overrides", str(override), "--requirements", str(venv.root / "pyproject.toml")]
         return command + [word for extra in extras for word in ("--extra", extra)]
     command += ["--find-links", str(wheel.parent), "--only-binary", PACKAGE]
+    command += ["--reinstall-package", PACKAGE]  # the one that is there may have been compiled otherwise
     command += ["--build-constraints", str(venv.root / "constraints.txt")]  # setuptools, which builds our own package
     return [*command, "--editable", f"{venv.root}[{','.join(extras)}]" if extras else str(venv.root)]
 

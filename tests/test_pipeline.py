@@ -221,10 +221,18 @@ def test_forget_leaves_nothing_of_the_user(runs: Path, capsys: Capture) -> None:
 def test_the_doctor_answers(tmp_path: Path, capsys: Capture) -> None:
     code = main(["doctor", "--workspace", str(tmp_path), "--json"])
     findings = {f["what"]: f["ok"] for f in json.loads(capsys.readouterr().out)}
-    assert findings["llama-cpp-python"]
+    assert findings["llama-cpp-python"] and findings["llama.cpp"]
     assert code == (0 if all(findings.values()) else 1)
     main(["doctor", "--workspace", str(tmp_path)])
     assert KEY not in capsys.readouterr().out
+
+
+def test_the_doctor_tells_of_a_llama_cpp_that_dies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    (tmp_path / "cdcda_export").mkdir()
+    (tmp_path / "cdcda_export" / "__init__.py").write_text("import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert main(["doctor", "--workspace", str(tmp_path)]) == 1
+    assert "dies on this processor of signal 11; compile it again: CXXFLAGS=" in capsys.readouterr().out
 
 
 def test_nothing_private_leaks(finished: Desk, endpoint: FakeEndpoint) -> None:

@@ -50,6 +50,23 @@ def test_key_of_this_machine_sees_the_users_cmake_arguments() -> None:
     assert plain.compiler != "none"
 
 
+def test_the_compiler_leaves_amx_out_and_takes_the_users_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = llama_wheel.key_of_this_machine("1", {"PATH": os.environ["PATH"]})
+    tuned = llama_wheel.key_of_this_machine("1", {"PATH": os.environ["PATH"], "CXXFLAGS": "-g"})
+    assert (plain.flags, tuned.flags) == ("-U__AMX_INT8__", "-U__AMX_INT8__ -g")
+    monkeypatch.setenv("CXXFLAGS", "-g")
+    seen = tmp_path / "seen"
+    body = f"import os\nopen({str(seen)!r}, 'w').write(os.environ['CXXFLAGS'])\n{BUILDS}"
+    wait(WheelJob(KEY, tmp_path / "cache", fake_pip(tmp_path, body), tmp_path / "log"))
+    assert seen.read_text() == "-U__AMX_INT8__ -g"
+
+
+def test_the_llama_cpp_here_is_one_without_amx() -> None:
+    import llama_cpp
+
+    assert b"AMX" not in llama_cpp.llama_print_system_info()
+
+
 def test_pinned_version_reads_the_constraints_and_misses_lookalikes() -> None:
     text = "llama-cpp-python-extra==9\nllama-cpp-python==0.3.36 ; python_version >= '3.11'\n"
     assert llama_wheel.pinned_version(text) == "0.3.36"
@@ -235,6 +252,7 @@ def test_the_stamp_is_believed_until_something_changes(tmp_path: Path) -> None:
     assert set_up.is_current(venv, ["train"], {})
     assert not set_up.is_current(venv, ["data"], {}), "an extra that was never installed"
     assert not set_up.is_current(venv, ["train"], {"CMAKE_ARGS": "-DGGML_CUDA=on"})
+    assert not set_up.is_current(venv, ["train"], {"CXXFLAGS": "-g"})
     (tmp_path / "constraints.txt").write_text("numpy==3\n")
     assert not set_up.is_current(venv, ["train"], {})
     assert venv.usable(), "new constraints are installed on top"
@@ -280,6 +298,7 @@ def test_uv_leaves_llama_out_until_the_wheel_is_there(tmp_path: Path) -> None:
     after = set_up.uv_command(venv, ["train", "dev"], Path("/cache/key/llama.whl"))
     assert after[-1] == f"{tmp_path}[train,dev]"
     assert after[after.index("--only-binary") + 1] == "llama-cpp-python", "uv must never start a second compile"
+    assert after[after.index("--reinstall-package") + 1] == "llama-cpp-python", "what is there may have been compiled with other flags"
 
 
 def test_a_terminal_gets_one_live_line_and_a_file_gets_few() -> None:

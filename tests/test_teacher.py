@@ -400,7 +400,7 @@ def test_a_local_teacher_that_dies_says_so() -> None:
         assert server is not None
         server.process.kill()
         server.process.wait()
-        with pytest.raises(TeacherError, match="local teacher died"):
+        with pytest.raises(TeacherError, match="local teacher died: signal 9 and not a word; `cdcda doctor` may know why"):
             teacher.complete(request())
     finally:
         teacher.close()

@@ -57,7 +57,9 @@ class LocalServer:
     def last_words(self) -> str:
         """Return the last lines that the process wrote to standard error, in one line."""
         lines = [line.strip() for line in self.tail(_LOG_TAIL_BYTES).splitlines() if line.strip()]
-        return " / ".join(lines[-_SHOWN_LINES:]) or f"it said nothing, exit status {self.process.poll()}"
+        status = self.process.poll() or 0
+        silent = f"signal {-status} and not a word; `cdcda doctor` may know why" if status < 0 else f"it said nothing, exit status {status}"
+        return " / ".join(lines[-_SHOWN_LINES:]) or silent
 
 
 def _import_path() -> str:
