@@ -40,7 +40,7 @@ _PARTS = {
 
 
 # One product of the default base in a process of its own: a llama.cpp that this processor cannot run dies without a word.
-_COMPUTE = "import sys; from cdcda_export.runtime import LlamaCpp; from pathlib import Path; LlamaCpp(Path(sys.argv[1]), 64).logits([1, 2, 3])"
+_COMPUTE = "import sys, pathlib, cdcda_export.runtime as r; r.LlamaCpp(pathlib.Path(sys.argv[1]), 64).logits([1, 2, 3])"
 _COMPILE_AGAIN = (
     "CXXFLAGS=-U__AMX_INT8__ CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install --force-reinstall --no-deps --no-cache-dir "
     "--no-binary llama-cpp-python llama-cpp-python"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,11 @@ def run_stage(arguments: argparse.Namespace, configs: Configs, stage: str) -> No
         dry_run(pipeline, arguments.json)
         return
     if getattr(arguments, "show_requests", False):
-        for request in pipeline.shown_requests():
+        requests = list(pipeline.shown_requests())
+        for request in requests:
             print(json.dumps(request, ensure_ascii=False))
+        if not requests:
+            print("Nothing would be sent: all that is wanted was answered before, or the limits leave room for nothing.", file=sys.stderr)
         return
     metrics = pipeline.run(until=stage)
     if arguments.json:

@@ -211,6 +211,8 @@ def test_shown_requests_are_those_that_are_sent(tmp_path: Path, capsys: pytest.C
         assert main([*job, "--max-requests", str(tasks + 1)]) == 0  # the cards, and one of the others
         assert endpoint.requests[:tasks] == [row["body"] for row in before[:tasks]]
         assert shown([*job, "--token-budget", "1"], capsys) == []
+        assert main([*job, "--token-budget", "1", "--show-requests"]) == 0
+        assert capsys.readouterr().err.startswith("Nothing would be sent")
         after = shown(job, capsys)
         assert len(after) == len(before) - tasks - 1 and "answer to the first request" not in json.dumps(after)
         unnamed = shown(job[:-2], capsys)

@@ -78,9 +78,7 @@ def check_combination(config: ExportConfig, base: GgufFile) -> None:
     quant = config.resolved_quant
     known: Sequence[str] = ONNX_QUANTS if config.format == "onnx" else [name for name in QUANTS if name != "f32"]
     if quant not in known:
-        raise ConfigError(
-            f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)} One of: {', '.join(known)}."
-        )
+        raise ConfigError(f"--format {config.format} has no quantization '{quant}'.{did_you_mean(quant, known)}")
     if config.format == "onnx":
         return
     types = types_of(config, base)
