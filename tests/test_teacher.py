@@ -135,6 +135,24 @@ def test_retry_after_may_be_a_date() -> None:
     assert 15 < waits[0] <= 20
 
 
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("header", ["86400", "inf", "Fri, 31 Dec 2100 00:00:00 GMT"])
+def test_nobody_waits_for_hours(status: int, header: str) -> None:
+    waits = Waits()
+    with serving(lambda body: chat("{}"), failure(status, headers={"Retry-After": header})) as endpoint:
+        with pytest.raises(TeacherError, match="later"):
+            teacher_of(endpoint, waits).complete(request())
+    assert waits == []
+
+
+@pytest.mark.parametrize("header", ["soon", "Mon, 31 Feb 99999999 00:00:00"])
+def test_a_retry_after_that_says_nothing_is_passed_over(header: str) -> None:
+    waits = Waits()
+    with serving(lambda body: chat("{}"), failure(503, headers={"Retry-After": header})) as endpoint:
+        teacher_of(endpoint, waits).complete(request())
+    assert len(waits) == 1 and waits[0] < 1
+
+
 def test_jitter_follows_the_seed() -> None:
     runs = []
     for seed in (1, 1, 2):

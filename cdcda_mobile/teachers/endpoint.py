@@ -210,7 +210,8 @@ class OpenAITeacher:
                 wait, failure = None, self._connection_failure(error)
                 if not self._reached and attempt >= _RETRIES_OF_UNREACHABLE:
                     raise failure from None
-            if attempt == self._retries or self._stop.is_set():
+            # Who asks for more patience than that is better asked by a later run.
+            if attempt == self._retries or self._stop.is_set() or (wait or 0.0) > 2 * _LONGEST_WAIT_S:
                 raise failure from None
             self._sleep(self._backoff(attempt) if wait is None else wait)
         raise AssertionError("unreachable: the loop returns or raises")
@@ -241,14 +242,10 @@ class OpenAITeacher:
         if status == 429:
             if said.get("code") == "insufficient_quota":
                 raise TeacherError(f"The account at {self.url} has no quota left; top it up or name another endpoint.") from None
-            wait = _retry_after(error.response.headers)
-            limited = TeacherError(
+            return _retry_after(error.response.headers), TeacherError(
                 f"The teacher at {self.url} limits the rate of requests, also after {self._retries} retries; run the same command again "
                 "later: answers that arrived are kept and not paid again."
             )
-            if wait is not None and wait > 2 * _LONGEST_WAIT_S:
-                raise limited from None
-            return wait, limited
         if status in (408, 409) or status >= 500:
             failing = f"The teacher at {self.url} keeps failing (HTTP {status}); try again later, or name another --teacher-base-url."
             return _retry_after(error.response.headers), TeacherError(failing)
@@ -318,5 +315,8 @@ def _retry_after(headers: Any) -> float | None:
     try:
         return max(0.0, float(value))
     except ValueError:
-        moment = email.utils.parsedate_tz(value)
-    return None if moment is None else max(0.0, email.utils.mktime_tz(moment) - time.time())
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:  # neither
+        return None
