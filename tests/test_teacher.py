@@ -153,6 +153,13 @@ def test_a_retry_after_that_says_nothing_is_passed_over(header: str) -> None:
     assert len(waits) == 1 and waits[0] < 1
 
 
+def test_nothing_is_sent_to_where_an_endpoint_points() -> None:
+    with serving() as other, serving(lambda body: Reply(307, headers={"Location": f"{other.url}/chat/completions?x=1"})) as endpoint:
+        with pytest.raises(TeacherError, match=f"redirects to {other.url}/chat/completions .HTTP 307.*--teacher-base-url"):
+            teacher_of(endpoint).complete(request())
+    assert len(endpoint.requests) == 1 and other.requests == []
+
+
 def test_jitter_follows_the_seed() -> None:
     runs = []
     for seed in (1, 1, 2):

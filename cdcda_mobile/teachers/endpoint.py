@@ -114,9 +114,10 @@ class OpenAITeacher:
         self._without: tuple[str, ...] = ()
         self._reached = False
         self._jitter = random.Random(seed)
-        # A proxy of the environment has no business between us and this very machine.
-        direct = openai.DefaultHttpxClient(trust_env=False) if parts.hostname in _LOOPBACK else None
-        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout_s, max_retries=0, http_client=direct)
+        # A proxy of the environment has no business between us and this very machine; and what is sent goes to the endpoint that was named,
+        # not to another that it points to.
+        client = openai.DefaultHttpxClient(trust_env=parts.hostname not in _LOOPBACK, follow_redirects=False)
+        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout_s, max_retries=0, http_client=client)
         self.name = model or self._first_model()
 
     def start(self) -> None:
@@ -239,6 +240,12 @@ class OpenAITeacher:
             raise TeacherError(f"The teacher at {self.url} does not accept {key} (HTTP {status}).") from None
         if status == 404:
             raise self._not_found() from None
+        if status < 400:
+            where = self._clean(error.response.headers.get("location", "nowhere").partition("?")[0])
+            raise TeacherError(
+                f"The teacher at {self.url} redirects to {where} (HTTP {status}), and records go to no address that you did not name; "
+                "see --teacher-base-url."
+            ) from None
         if status == 429:
             if said.get("code") == "insufficient_quota":
                 raise TeacherError(f"The account at {self.url} has no quota left; top it up or name another endpoint.") from None
