@@ -117,6 +117,18 @@ def test_records_are_kept_in_the_users_proportions_and_written_down(tmp_path: Pa
     assert metrics["kept"] == 12 and metrics["teacher"] == "fake-1" and not metrics["embedded"] and metrics["advice"] == ""
 
 
+def test_an_answer_with_half_of_a_character_is_rejected_and_written_down(tmp_path: Path) -> None:
+    def cut(body: dict[str, Any]) -> Reply:
+        reply = invent(body)
+        return replace(reply, body=reply.body.replace('\\"}', '\\ud83d\\"}')) if body["seed"] % 3 == 0 else reply
+
+    with serving(cut) as endpoint:
+        result = run(endpoint, tmp_path)
+        assert run(endpoint, tmp_path).kept == result.kept
+    reasons = {row["reason"] for row in map(json.loads, stage(tmp_path)["rejected.jsonl"].splitlines())}
+    assert any("broken characters" in reason for reason in reasons)
+
+
 def test_the_result_is_the_same_for_any_concurrency(tmp_path: Path) -> None:
     def jittery(body: dict[str, Any]) -> Reply:
         return replace(every_third_fails(body), delay_s=body["seed"] % 7 / 200)

@@ -13,6 +13,7 @@ from cdcda_mobile.augmentation.prompts import LISTED_WORDS, clipped
 from cdcda_mobile.augmentation.select import first_object
 from cdcda_mobile.augmentation.textual import words
 from cdcda_mobile.history import Record
+from cdcda_mobile.sources.records import is_plain_text
 from cdcda_mobile.tasks import get_task
 from cdcda_mobile.teachers.teacher import Request
 
@@ -95,7 +96,8 @@ def card_lines(text: str) -> list[str]:
     lines = []
     for name in _FIELDS:
         points = value.get(name) if isinstance(value, dict) else None
-        said = [" ".join(point.split()[:_MOST_WORDS]) for point in points if isinstance(point, str)] if isinstance(points, list) else []
-        if said:
-            lines.append(f"{name}: {'; '.join(filter(None, said[:_MOST_POINTS]))}")
+        said = [point for point in points if isinstance(point, str) and is_plain_text(point)] if isinstance(points, list) else []
+        short = list(filter(None, (" ".join(point.split()[:_MOST_WORDS]) for point in said)))[:_MOST_POINTS]
+        if short:
+            lines.append(f"{name}: {'; '.join(short)}")
     return lines

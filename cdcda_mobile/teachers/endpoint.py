@@ -188,6 +188,7 @@ class OpenAITeacher:
             raise TeacherError(
                 f"The teacher at {self.url} answers JSON that is no chat completion; check --teacher-base-url (it usually ends in /v1)."
             ) from None
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no file takes half of a character, and some send it
         usage = reply.get("usage")
         counted = usage if isinstance(usage, dict) else {}
         asked = sum(len(message["content"]) for message in request.messages)
