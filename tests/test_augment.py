@@ -22,7 +22,7 @@ from cdcda_export.errors import DataError, TeacherError
 from cdcda_export.progress import Silent
 from cdcda_mobile.augmentation.augment import AugmentResult, augment
 from cdcda_mobile.augmentation.held_out import HeldOut
-from cdcda_mobile.augmentation.prompts import Planner, Proportion
+from cdcda_mobile.augmentation.prompts import LISTED_WORDS, Planner, Proportion
 from cdcda_mobile.augmentation.select import Selector, first_object
 from cdcda_mobile.augmentation.textual import grams, jaccard, loops, normalized, words
 from cdcda_mobile.config import AugmentConfig, TeacherConfig
@@ -385,6 +385,19 @@ def test_one_record_alone_and_long_ones_can_be_asked_with() -> None:
         assert ask.strategy == "counterpart" and ask.examples == (alone,)
         assert len(json.dumps(ask.request.messages).split()) < 250
         assert ask.request.max_tokens <= AugmentConfig().max_tokens
+
+
+@pytest.mark.parametrize("task", ["reply", "writing_completion"])
+@pytest.mark.parametrize("weak", [True, False])
+def test_long_answers_of_the_users_and_long_inputs_of_others_leave_room_for_the_teachers(task: str, weak: bool) -> None:
+    long = tuple(Record(f"l{n}", f"2024-01-{n:02d}", task, sentence(n), sentence(100 + n, 3000)) for n in range(1, 9))
+    strategies = {"strategies": ["counterpart", "new", "rewrite", "answer"], "inputs": "others.jsonl"}
+    texts = {"reply": [sentence(900, 3000)], "writing": [sentence(900, 3000)]}
+    made = Planner(long, HeldOut(()), plain(**strategies), 1, inputs_only=weak, inputs=texts)
+    asks = [made.ask(k) for k in range(12)]
+    assert max(sum(words(message["content"]) for message in ask.request.messages) for ask in asks) < LISTED_WORDS + 300
+    kept = [ask.output for ask in asks if ask.strategy == "counterpart"]
+    assert kept and set(kept) <= {record.output for record in long}
 
 
 # What is kept.

@@ -89,6 +89,7 @@ def test_a_held_out_text_is_never_sent_and_a_script_without_spaces_is_no_way_aro
     with pytest.raises(DataError, match="nothing was sent"):
         out.assert_not_shown([{"content": f"records: {secret}"}])
     assert words(clipped(secret * 200)) <= 110
+    assert max(len(clipped(text * 2000)) for text in ("สวัสดีชาวโลก", "QUJDREVG", "lib/x.py\n")) < 1500
 
 
 @pytest.mark.parametrize("text", ['{"output": "a \\ud83d b"}', "{" * 3000 + '"output"'])

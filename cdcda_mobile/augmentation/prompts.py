@@ -32,7 +32,8 @@ from cdcda_mobile.history import Record
 from cdcda_mobile.tasks import Task, get_task
 from cdcda_mobile.teachers.teacher import Request
 
-_SHOWN_WORDS = 110  # of an input in a prompt
+_SHOWN_WORDS = 110  # of a text in a prompt
+_SHOWN_CHARACTERS = 12 * _SHOWN_WORDS  # where a script without spaces, a token or a file pasted in makes one word of everything
 LISTED_WORDS = 500  # of all records in the first turn: with the answer they fit the local teacher's context
 _BEGINNING = re.compile(rf"\s*(?:\S+\s*){{0,{_SHOWN_WORDS - 1}}}\S+")
 _TURNS = 3  # examples that the embedded teacher sees
@@ -133,7 +134,8 @@ class _Subject:
         room = LISTED_WORDS
         chosen: list[Record] = []
         for index in farthest_first([grams(f"{r.input} {r.output}") for r in newest], len(newest)):
-            size = min(words(newest[index].input), _SHOWN_WORDS) * self.paired + words(newest[index].output)
+            shown = (newest[index].input, newest[index].output) if self.paired else (newest[index].output,)
+            size = sum(min(words(text), _SHOWN_WORDS) for text in shown)
             if len(chosen) < count and (size <= room or not chosen):
                 chosen.append(newest[index])
                 room -= size
@@ -141,7 +143,7 @@ class _Subject:
 
     def listed(self, record: Record) -> str:
         """Return a record as the teacher sees it."""
-        output = f"{self.task.output}: {record.output}"
+        output = f"{self.task.output}: {clipped(record.output)}"
         return f"{self.task.input}: {clipped(record.input)}\n{output}" if self.paired else output
 
 
@@ -227,7 +229,7 @@ class Planner:
         task, way = subject.task, STRATEGIES[strategy]
         if subject.labels is not None and strategy == "counterpart":
             way = _LABELLED
-        parts = {"given": given, "record": subject.listed(near), "length": subject.length}
+        parts = {"given": clipped(given), "record": subject.listed(near), "length": subject.length}
         question = way.question.format(input=task.input, output=task.output, **parts)
         return [
             {"role": "system", "content": self._system(name)},
@@ -263,7 +265,7 @@ class Planner:
 
     def _few_shot(self, subject: _Subject, shown: Sequence[Record], output: str) -> list[dict[str, str]]:
         task = subject.task
-        asked = {"role": "user", "content": f"{task.output}: {output}"}
+        asked = {"role": "user", "content": f"{task.output}: {clipped(output)}"}
         if not subject.paired:
             how = f"in about {subject.length} words: the same facts, said as anybody would say them"
             return [{"role": "system", "content": f"Write the {task.input} that you are given, {how}. Answer in JSON."}, asked]
@@ -271,7 +273,7 @@ class Planner:
         kind = f"You write as one particular person. For each {task.output} write {one} that leads this person to it"
         messages = [{"role": "system", "content": f"{kind}. Keep the voice, change the facts, copy nothing. Answer in JSON."}]
         for record in shown:
-            messages.append({"role": "user", "content": f"{task.output}: {record.output}"})
+            messages.append({"role": "user", "content": f"{task.output}: {clipped(record.output)}"})
             messages.append({"role": "assistant", "content": json.dumps({"input": clipped(record.input)}, ensure_ascii=False)})
         return [*messages, asked]
 
@@ -299,7 +301,7 @@ class Planner:
 def clipped(text: str) -> str:
     """Return the beginning of a text, as much as a prompt has room for."""
     found = _BEGINNING.match(text)
-    cut = found[0] if found else text
+    cut = (found[0] if found else text)[:_SHOWN_CHARACTERS]
     counted = words(cut)  # more than the pattern sees where there are no spaces
     return cut[: len(cut) * _SHOWN_WORDS // counted] if counted > _SHOWN_WORDS else cut
 
