@@ -323,9 +323,17 @@ def test_inputs_of_others_are_read_and_refused_in_a_sentence(tmp_path: Path) -> 
     path = tmp_path / "in.jsonl"
     path.write_text('{"task": "headline", "input": " a "}\n\n{"task": "headline", "input": "a"}\n{"task": "commit", "input": "x.py"}\n')
     assert read_inputs(path) == {"headline": ["a"], "commit": ["x.py"]}
-    path.write_text('{"task": "headline"}\n')
-    with pytest.raises(DataError, match="in.jsonl:1 is no JSON object"):
-        read_inputs(path)
+    path.write_text('\ufeff{"task": "commit", "input": ["x.py", "y.py"]}\n', encoding="utf-8")
+    assert read_inputs(path) == {"commit": ["x.py\ny.py"]}
+    for row in (
+        '{"task": "headline"}',
+        '{"task": "headline", "input": " "}',
+        '{"task": "headline", "input": "a \\ud83d"}',
+        '{"task": [], "input": "a"}',
+    ):
+        path.write_text(row)
+        with pytest.raises(DataError, match="in.jsonl:1 is no JSON object"):
+            read_inputs(path)
     with pytest.raises(FileError, match="Cannot read"):
         read_inputs(tmp_path / "none")
 

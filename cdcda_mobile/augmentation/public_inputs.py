@@ -12,6 +12,7 @@ from cdcda_export.errors import DataError, FileError
 from cdcda_mobile.augmentation.textual import normalized
 from cdcda_mobile.bm25 import Bm25
 from cdcda_mobile.history import Record
+from cdcda_mobile.sources.records import as_text
 from cdcda_mobile.tasks import get_task
 
 
@@ -24,7 +25,7 @@ def read_inputs(path: Path) -> dict[str, list[str]]:
         ConfigError: there is no such task.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # nothing else ends a line of JSON
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # nothing else ends a line of JSON
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}; see augment.inputs.") from error
     found: dict[str, dict[str, None]] = {}
@@ -33,9 +34,9 @@ def read_inputs(path: Path) -> dict[str, list[str]]:
             continue
         try:
             row = json.loads(line)
-            task, text = row["task"], row["input"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f'{path}:{number} is no JSON object with "task" and "input"; see augment.inputs.') from None
+            task, text = as_text(row["task"], "task"), as_text(row["input"], "input")
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'{path}:{number} is no JSON object with texts as "task" and "input"; see augment.inputs.') from None
         found.setdefault(get_task(task).name, {})[text] = None
     return {task: list(texts) for task, texts in found.items()}
 
