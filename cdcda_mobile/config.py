@@ -54,6 +54,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.base_url and self.gguf:
             raise ConfigError("--teacher-base-url and --teacher-gguf name two teachers; keep one of them.")
+        if not self.timeout_s > 0 or self.retries < 0 or self.concurrency < 1 or self.max_requests < 0 or self.token_budget < 0:
+            raise ConfigError("teacher.timeout_s must be above 0, concurrency 1 or more, retries, max_requests, token_budget not negative.")
 
 
 # The ways to ask (augmentation/prompts.py) and the rules that can be left out (augmentation/select.py); a test holds them to these names.
@@ -87,10 +89,10 @@ class AugmentConfig:
     redact_names: str = setting("", "spaCy pipeline that finds names for --redact, or plain (default: the best here)", "NAME")
 
     def __post_init__(self) -> None:
-        if self.keep < 0 or self.examples < 1 or self.max_attempts < 1:
-            raise ConfigError("augment.keep must be 0 or more, augment.examples and augment.max_attempts at least 1.")
-        if not self.per_real > 0 or not self.pool >= 1 or not 0 < self.alike <= 1:
-            raise ConfigError("augment.per_real must be above 0, augment.pool at least 1, augment.alike above 0 and at most 1.")
+        if self.keep < 0 or self.examples < 1 or self.max_attempts < 1 or self.max_tokens < 1:
+            raise ConfigError("augment.keep must be 0 or more, augment.examples, max_attempts and max_tokens at least 1.")
+        if not self.per_real > 0 or not 1 <= self.pool < math.inf or not 0 < self.alike <= 1:
+            raise ConfigError("augment.per_real must be above 0, augment.pool a number from 1, augment.alike above 0 and at most 1.")
         if self.likeness not in ("", "adapter"):
             raise ConfigError(f"There is no likeness '{self.likeness}'. One of: adapter, or '' for none.")
         if "answer" in self.strategies and not self.inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pytest
 from cdcda_export.base import Base, open_base
 from cdcda_export.errors import ConfigError, DataError, FileError
 from cdcda_export.progress import Silent
-from cdcda_mobile.augmentation.augment import augment
+from cdcda_mobile.augmentation.augment import augment, wanted_of
 from cdcda_mobile.augmentation.choice import LESS_ALIKE, LESS_DIVERSE, choose, shares
 from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.augmentation.likeness import LikelihoodGain
@@ -306,6 +307,11 @@ def test_never_more_synthetic_records_than_the_cap_allows(tmp_path: Path) -> Non
     assert len(result.kept) == result.wanted == 10
 
 
+@pytest.mark.parametrize(("keep", "per_real", "wanted"), [(0, 4.0, 0), (8, 0.01, 1), (8, 1.5, 4), (8, 4.0, 8), (8, math.inf, 8)])
+def test_the_cap_goes_by_the_real_records(keep: int, per_real: float, wanted: int) -> None:
+    assert wanted_of(plain(keep, per_real=per_real), 3) == wanted
+
+
 def test_likelihood_gain_ranks_what_the_user_said_above_what_nobody_did(llama_base: Path, tmp_path: Path) -> None:
     ours = headlines(*[f"said {n} and {n}" for n in range(8)])
     config = TrainConfig(rank=2, max_steps=12, evaluate_every=6, batch_size=4, threads=1, learning_rate=0.01, max_tokens=256)
@@ -342,6 +348,8 @@ def test_inputs_of_others_are_read_and_refused_in_a_sentence(tmp_path: Path) -> 
     "wrong",
     [
         {"pool": 0.5},
+        {"pool": math.inf},
+        {"max_tokens": 0},
         {"alike": 0.0},
         {"per_real": 0},
         {"strategies": ["answer"]},

@@ -241,6 +241,18 @@ def test_who_names_a_gguf_means_it_whatever_the_environment_says(monkeypatch: py
         TeacherConfig(base_url="http://elsewhere.invalid/v1", gguf="teacher.gguf")
 
 
+def test_a_model_without_an_endpoint_is_not_passed_over() -> None:
+    for config in (TeacherConfig(model="large"), TeacherConfig(model="large", gguf="teacher.gguf")):
+        with pytest.raises(ConfigError, match="--teacher-model large is a model of an endpoint, and none is named"):
+            endpoint_of(config)
+
+
+@pytest.mark.parametrize("wrong", [{"retries": -1}, {"timeout_s": 0.0}, {"concurrency": 0}, {"max_requests": -1}, {"token_budget": -5}])
+def test_settings_that_ask_nobody(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="teacher.timeout_s"):
+        TeacherConfig(**wrong)
+
+
 def test_hire_takes_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with serving() as endpoint:
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)

@@ -185,7 +185,7 @@ def augment(
 
 def wanted_of(config: AugmentConfig, real: int) -> int:
     """Return how many synthetic records are kept beside so many real ones."""
-    return min(config.keep, max(1, int(config.per_real * real)))
+    return max(min(config.keep, 1), int(min(config.keep, config.per_real * real)))
 
 
 def candidates_of(config: AugmentConfig, wanted: int, embedded: bool) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cdcda_export.errors import DiskFull, FileError, is_disk_full
+from cdcda_export.errors import ConfigError, DiskFull, FileError, is_disk_full
 from cdcda_export.manifest import sha256_file, sha256_json
 from cdcda_export.progress import Progress
 from cdcda_mobile.config import TeacherConfig
@@ -229,8 +229,18 @@ class Hired:
 
 
 def endpoint_of(config: TeacherConfig) -> str:
-    """Return the endpoint's URL, '' for the local teacher: who names a GGUF means it, whatever the environment says."""
-    return config.base_url or ("" if config.gguf else os.environ.get("OPENAI_BASE_URL", ""))
+    """Return the endpoint's URL, '' for the local teacher: who names a GGUF means it, whatever the environment says.
+
+    Raises:
+        ConfigError: a model is named, and no endpoint that would have it.
+    """
+    url = config.base_url or ("" if config.gguf else os.environ.get("OPENAI_BASE_URL", ""))
+    if config.model and not url:
+        raise ConfigError(
+            f"--teacher-model {config.model} is a model of an endpoint, and none is named: set OPENAI_BASE_URL or --teacher-base-url "
+            "(a model on this machine is named by --teacher-gguf FILE alone)."
+        )
+    return url
 
 
 def slots_of(config: TeacherConfig) -> int:
@@ -253,7 +263,7 @@ def hire(config: TeacherConfig, base_gguf: Path, seed: int, progress: Progress, 
         stop: set by the caller to end retries early.
 
     Raises:
-        ConfigError: the endpoint is no URL, or ``CDCDA_LLAMA_SERVER`` no program.
+        ConfigError: the endpoint is no URL or only its model is named, or ``CDCDA_LLAMA_SERVER`` is no program.
         FileError: the GGUF cannot be read.
         MissingDependency: openai is not installed.
         TeacherError: the endpoint does not name its model.
