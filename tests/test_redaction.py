@@ -15,6 +15,7 @@ import pytest
 
 from cdcda_export.errors import ConfigError, MissingDependency
 from cdcda_export.progress import Silent
+from cdcda_mobile.augmentation.augment import planned
 from cdcda_mobile.augmentation.held_out import HeldOut
 from cdcda_mobile.augmentation.prompts import Planner
 from cdcda_mobile.augmentation.select import Selector
@@ -381,6 +382,16 @@ def test_no_request_holds_a_value_and_kept_records_do(tmp_path: Path, monkeypatc
     assert result.metrics()["redacted"]["EMAIL"] == 1 and not [value for value in PLANTED if value in json.dumps(result.metrics())]
     assert not [value for value in PLANTED if value in (tmp_path / "answers.jsonl").read_text()]
     assert "Plain rules miss many names" in " ".join(progress.warnings)
+
+
+def test_a_held_out_text_is_known_where_it_is_hidden_in_another_way() -> None:
+    held_out = (Record("h", "2025-01-01", "headline", "The plumber will be here on Tuesday with Anna", "Pipes"),)
+    quoting = Record("q", "2024-01-01", "headline", "Note: the plumber will be here on Tuesday with Anna Kowalska, bye", "Tuesday")
+    train, config = (quoting, *planted_records(0, 6)), AugmentConfig(redact=True, redact_names=PLAIN)
+    veil, sent = Veil(train, config, Silent()), list[str]()
+    planner = planned(train, held_out, veil, config, 0, False, lambda request: sent.append(json.dumps(request.messages)) or "")
+    sent += [json.dumps(planner.ask(k).request.messages) for k in range(20)]
+    assert "whistle" in "".join(sent) and "plumber" not in "".join(sent)
 
 
 def test_a_held_out_value_never_comes_back_through_a_placeholder() -> None:

@@ -248,7 +248,10 @@ def planned(
     """
     card: dict[str, list[str]] = {}
     out = HeldOut(veil.kept_out(held_out))
-    may_be_shown = [record for record in veil.shown(train) if not out.repeated_by(record)]
+    # As they are too: what is hidden of a text depends on the words around it, so a quoted one can look different.
+    may_be_shown = [
+        shown for record, shown in zip(train, veil.shown(train), strict=True) if not (out.repeated_by(record) or out.repeated_by(shown))
+    ]
     if config.style and not embedded:
         for name in dict.fromkeys(record.task for record in may_be_shown):
             records = [record for record in may_be_shown if record.task == name]
