@@ -95,6 +95,8 @@ HIDDEN = {
         "account number {} | 12345678",
         "passport no. {} | C01X00T47",
         "Kundennummer {} | 19990815",
+        "Kto.-Nr. {} | 1234567",
+        "Kto 1234567, BLZ {} | 37040044",
         "customer no. {} | 4471-2290",
         "order #{} | 112-3456789-0123456",
         "QQ 12 34 56 C",
