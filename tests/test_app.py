@@ -212,6 +212,8 @@ def test_ones_own_keystore_signs(packed: Any, tiny: Path, tmp_path: Path, monkey
     monkeypatch.setenv(PASSWORD, "secret1")
     packed("--bundle", tiny, "--keystore", own_keystore(tmp_path, ["-keyalg", "EdDSA"]), code=2)
     assert "holds no RSA or elliptic-curve key" in capsys.readouterr().err
+    packed("--bundle", tiny, "--keystore", own_keystore(tmp_path, ["-keyalg", "RSASSA-PSS", "-keysize", "2048"]), code=2)
+    assert "whose kind of key Android does not take" in capsys.readouterr().err  # apksigner: public key mismatch
     packed("--bundle", tiny, "--keystore", tmp_path / "none.p12", code=1)
     assert "Cannot read" in capsys.readouterr().err
     assert (tmp_path / "data" / "cdcda").exists() is False  # nobody asked for a key of this machine's

@@ -91,7 +91,10 @@ def key_of(keystore: Path, password: str | None = None) -> Key:
         raise ConfigError(f"{keystore} holds no RSA or elliptic-curve key with its certificate.")
     if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name not in _CURVES:
         raise ConfigError(f"{keystore} holds a key on the curve {private.curve.name}, and Android takes P-256, P-384 and P-521.")
-    return _key(private, certificate)
+    key = _key(private, certificate)
+    if key.public not in key.certificate:
+        raise ConfigError(f"{keystore} holds a certificate whose kind of key Android does not take, such as RSA for PSS alone.")
+    return key
 
 
 def own_key(path: Path) -> Key:
