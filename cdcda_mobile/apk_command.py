@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_id(application)
     cargo, name = (None, "model-less") if arguments.model_less else _cargo(arguments)
     out = arguments.out or Path(f"{name}.apk")
-    if not out.parent.is_dir() or out.is_dir():
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
         raise ConfigError(f"--out names the file to write, in a folder that is there, and {out} is not one.")
     progress = choose_progress(arguments.quiet)
     key = key_of(arguments.keystore) if arguments.keystore else own_key(_own_keystore())

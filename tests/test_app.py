@@ -295,12 +295,16 @@ def test_what_cannot_be_packed_is_one_sentence(packed: Any, tmp_path: Path, llam
     assert "--compare goes with --user" in sentence("--bundle", tmp_path, "--compare", code=2)
     assert "holds no finished gguf-lora artifact" in sentence("--user", "ann", "--workspace", tmp_path, "--compare", code=1)
     assert "--out names the file to write" in sentence("--model-less", "--out", tmp_path, code=2)
+    os.mkfifo(tmp_path / "pipe")  # or a device: root would put the app in its place
+    assert "--out names the file to write" in sentence("--model-less", "--out", tmp_path / "pipe", code=2)
     no_zip, no_app = tmp_path / "no.zip", tmp_path / "no-app.zip"
     no_zip.write_bytes(b"PK")
     with zipfile.ZipFile(no_app, "w") as archive:
         archive.writestr("classes.dex", b"")
     assert "cannot be read as an app" in sentence("--model-less", "--shell", no_zip, code=1)
     assert "has no AndroidManifest.xml and no resources.arsc" in sentence("--model-less", "--shell", no_app, code=1)
+    ready = packed("--model-less", name="packed.zip")
+    assert "packed.zip was packed already" in sentence("--model-less", "--shell", ready, code=1)
     assert "is no application id" in sentence("--model-less", "--application-id", "ann", code=2)
     assert "above 70 letters the engine's socket has no name" in sentence("--model-less", "--application-id", "a." + 69 * "b", code=2)
     check_id("a." + 68 * "b")

@@ -142,4 +142,6 @@ def _read(shell: Path) -> dict[str, bytes]:
     missing = {_MANIFEST, "classes.dex", "resources.arsc"} - found.keys()
     if missing:
         raise BuildError(f"{shell} is no app: it has no {' and no '.join(sorted(missing))}.")
+    if any(name.startswith(("assets/", "lib/")) for name in found):
+        raise BuildError(f"{shell} was packed already; name the app as Maven leaves it (target/shell.apk), or leave --shell away.")
     return found
