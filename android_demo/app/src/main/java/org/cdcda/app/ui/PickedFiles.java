@@ -44,14 +44,15 @@ final class PickedFiles implements ModelStore.Source {
     /** Returns the files by name; asks their providers, so it is not for the main thread. */
     private synchronized Map<String, Uri> names() {
         if (names == null) {
-            names = new HashMap<>();
+            Map<String, Uri> found = new HashMap<>();
             for (Uri uri : picked) {
                 try (Cursor row = resolver.query(uri, new String[] {OpenableColumns.DISPLAY_NAME}, null, null, null)) {
                     if (row != null && row.moveToFirst() && row.getString(0) != null) {
-                        names.put(row.getString(0), uri);
+                        found.put(row.getString(0), uri);
                     }
                 }
             }
+            names = found; // all of them: a provider that throws is asked again
         }
         return names;
     }
