@@ -27,6 +27,7 @@ public final class Writing {
     private final Map<Side, Answer> ends = new EnumMap<>(Side.class);
     private final List<Listener> watching = new CopyOnWriteArrayList<>();
     private boolean isRunning;
+    private boolean isStopped;
     /** Pieces of an answer that a newer one took the place of are not shown. */
     private int turn;
 
@@ -79,12 +80,14 @@ public final class Writing {
         }
         ends.clear();
         isRunning = true;
+        isStopped = false;
         ask(Side.PERSONAL, new Request(text, tokens, temperature, 1), compare, turn);
         tell();
     }
 
     /** Ends what is being written. */
     public void stop() {
+        isStopped = true; // the engine hears nothing of it between the two answers
         engine.stop();
     }
 
@@ -104,7 +107,7 @@ public final class Writing {
                     return;
                 }
                 ends.put(side, answer);
-                boolean goesOn = more && (answer.end() == Answer.End.COMPLETE || answer.end() == Answer.End.CUT);
+                boolean goesOn = more && !isStopped && (answer.end() == Answer.End.COMPLETE || answer.end() == Answer.End.CUT);
                 isRunning = goesOn;
                 if (goesOn) {
                     ask(Side.BASE, new Request(request.text(), request.tokens(), request.temperature(), 0), false, mine);

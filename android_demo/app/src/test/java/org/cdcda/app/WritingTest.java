@@ -70,6 +70,19 @@ public class WritingTest {
     }
 
     @Test
+    public void aStopBetweenTheTwoAnswersIsHeard() {
+        writing.write("hello", 64, 0.5, true);
+        engine.become(Phase.READY);
+        writing.stop();
+        engine.sink.done(WHOLE);
+        assertFalse(writing.isRunning());
+        assertEquals(1, engine.asked.size());
+        writing.write("again", 64, 0.5, true);
+        engine.answer("mine", WHOLE);
+        assertEquals(3, engine.asked.size());
+    }
+
+    @Test
     public void anOlderAnswersPiecesAreNotShown() {
         writing.write("first", 64, 0.5, false);
         Engine.Sink old = engine.sink;

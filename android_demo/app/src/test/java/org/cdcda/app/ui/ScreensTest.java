@@ -172,7 +172,9 @@ public class ScreensTest {
         look(activity, "writing");
         write.performClick();
         assertTrue(app().engine.stopped);
-        app().engine.answer("one lock keeper, and nobody slept.", WHOLE);
+        app().engine.answer("", new Answer(End.STOPPED, "", Timings.NONE));
+        write.performClick();
+        app().engine.answer("Three geese, one lock keeper, and nobody slept.", WHOLE);
         app().engine.answer("Lock keeper found awake at dawn. " + LONG, new Answer(End.CUT, "", new Timings(31, 310, 128, 41)));
         look(activity, "compared");
         for (End end : End.values()) {
