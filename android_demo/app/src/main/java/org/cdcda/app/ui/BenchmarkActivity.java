@@ -27,6 +27,8 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
     private Spinner length;
     private Button start;
     private ViewGroup results;
+    /** Why the report could not be saved, "" where it could: that is known before this screen is seen again. */
+    private String unsaved = "";
 
     @Override
     protected void onCreate(Bundle state) {
@@ -125,6 +127,9 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
                     SAVE));
             results.addView(save);
         }
+        if (!unsaved.isEmpty()) {
+            addResult(R.string.export_json, unsaved);
+        }
     }
 
     private void addResult(int label, String value) {
@@ -147,8 +152,10 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
                 throw new IOException(String.valueOf(chosen.getData()));
             }
             out.write(benchmark.json().getBytes(StandardCharsets.UTF_8));
+            unsaved = "";
         } catch (IOException | RuntimeException error) { // whatever another app's provider throws
-            addResult(R.string.export_json, String.valueOf(error.getMessage()));
+            unsaved = String.valueOf(error.getMessage());
         }
+        changed();
     }
 }

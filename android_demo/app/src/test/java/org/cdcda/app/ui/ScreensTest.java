@@ -257,6 +257,15 @@ public class ScreensTest {
         assertEquals(0, views(screen, text(screen, R.string.benchmark_cut)).size());
         export(screen);
 
+        views(screen, text(screen, R.string.export_json)).get(0).performClick();
+        Intent asked = Shadows.shadowOf(screen).getNextStartedActivityForResult().intent;
+        controller.pause().stop();
+        Uri nowhere = Uri.fromFile(new File("/no/such/folder/benchmark.json"));
+        Shadows.shadowOf(screen).receiveResult(asked, Activity.RESULT_OK, new Intent().setData(nowhere)); // before it is seen again
+        controller.restart().resume();
+        assertEquals(1, views(screen, "/no/such/folder").size());
+        look(screen, "benchmark-unsaved");
+
         app().benchmark().run(2);
         app().engine.meter.measured(new Timings(256, 310, 64, 42.5));
         controller.pause().stop();
