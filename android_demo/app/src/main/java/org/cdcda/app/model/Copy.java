@@ -28,7 +28,7 @@ final class Copy {
      * @param source where the bytes come from
      * @param part what they must be
      * @param target where they go
-     * @param arrived told of bytes as they arrive
+     * @param arrived told of bytes as they arrive, and of fewer where they have to come again
      * @param stopped asked now and then
      */
     static void copy(Source source, Bundle.Part part, File target, LongConsumer arrived, BooleanSupplier stopped) throws IOException {
@@ -47,9 +47,9 @@ final class Copy {
             }
             arrived.accept(there);
         }
+        long left = part.bytes() - there;
         try (InputStream in = source.open(there);
                 var out = new FileOutputStream(partial, there > 0)) {
-            long left = part.bytes() - there;
             for (int count; left > 0 && (count = in.read(buffer, 0, (int) Math.min(buffer.length, left))) >= 0; left -= count) {
                 stopIf(stopped);
                 out.write(buffer, 0, count);
@@ -60,6 +60,11 @@ final class Copy {
         }
         if (!hex(digest.digest()).equals(part.sha256())) {
             partial.delete();
+            if (there > 0) { // what was there may be the damaged part, of a phone that went dark: from the beginning, once
+                arrived.accept(left - part.bytes());
+                copy(source, part, target, arrived, stopped);
+                return;
+            }
             throw new StoreException(StoreException.Problem.DAMAGED, part.name(), 0);
         }
         if (!partial.renameTo(target)) {

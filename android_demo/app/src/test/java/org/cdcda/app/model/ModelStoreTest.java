@@ -15,6 +15,7 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.security.MessageDigest;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.HashMap;
 import java.util.HexFormat;
 import java.util.List;
@@ -114,6 +115,21 @@ public class ModelStoreTest {
         install();
         assertTrue(source.skippedLast >= BYTES / 2 && source.skippedLast < BYTES);
         assertEquals(1, store.list().models().size());
+    }
+
+    @Test
+    public void aCopyWhoseBeginningWasDamagedIsMadeAnew() throws Exception {
+        long[] arrived = {0};
+        assertThrows(
+                StoreException.class,
+                () -> store.install(source, "bundled", (done, of) -> arrived[0] = done, () -> arrived[0] > BYTES / 2));
+        File partial = new File(own, "bundled").listFiles()[0];
+        Files.write(partial.toPath(), new byte[(int) partial.length()]); // the phone went dark before it was written
+        List<Long> told = new ArrayList<>();
+        Model model = store.install(source, "bundled", (done, of) -> told.add(done), () -> false);
+        assertArrayEquals(source.files.get("model.gguf"), Files.readAllBytes(model.file(Bundle.MODEL).toPath()));
+        assertEquals(BYTES, (long) told.get(told.size() - 1));
+        assertEquals(BYTES, (long) Collections.max(told));
     }
 
     @Test
