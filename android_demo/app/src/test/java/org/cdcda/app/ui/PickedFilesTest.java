@@ -30,7 +30,7 @@ import org.robolectric.annotation.Config;
 @RunWith(RobolectricTestRunner.class)
 @Config(sdk = 34, application = TestApp.class)
 public class PickedFilesTest {
-    private static final String FILES = "org.example.files";
+    static final String FILES = "org.example.files";
 
     private final Context context = RuntimeEnvironment.getApplication();
     private final Intent picked = new Intent();
