@@ -28,11 +28,12 @@ from cdcda_apk.packing import _LARGEST, Cargo, check_id, pack
 from cdcda_apk.shell import find_shell
 from cdcda_apk.signing import PASSWORD, key_of, own_key
 from cdcda_engine.variants import best_variant, features_of
+from cdcda_export.card_values import size
 from cdcda_export.chat_template import template_of
 from cdcda_export.errors import BuildError, ConfigError, FileError
 from cdcda_export.export import AdapterJob, export_adapter
 from cdcda_export.gguf import GgufFile
-from cdcda_export.progress import Silent
+from cdcda_export.progress import Plain, Silent, progress_of_bytes
 from cdcda_export.recipe import ExportConfig
 from cdcda_export.runtime import LlamaCpp
 from cdcda_export.verify import neutral_texts
@@ -181,6 +182,11 @@ def test_the_same_inputs_give_the_same_bytes(packed: Any, tiny: Path, tmp_path: 
     once = packed(*words).read_bytes()
     monkeypatch.setenv("CDCDA_CACHE", str(tmp_path / "cache"))
     assert packed(*words, name="again.apk").read_bytes() == once
+
+
+def test_a_model_has_as_many_megabytes_while_it_is_packed_as_afterwards(capsys: Capture) -> None:
+    progress_of_bytes(Plain(), "packing", 91_700_000)
+    assert size(91_700_000) == "91.7 MB" and "(91 MB)" in capsys.readouterr().err
 
 
 def test_two_ids_are_two_apps(packed: Any) -> None:

@@ -153,7 +153,7 @@ def choose_progress(quiet: bool = False) -> Progress:
 
 def progress_of_bytes(progress: Progress, label: str, total: int) -> Callable[[int], None]:
     """Begin a step of so many bytes, shown in MB, and return what is told of bytes that are done."""
-    mega, seen = 2**20, 0
+    mega, seen = 10**6, 0
     progress.start(label, total // mega, "MB")
 
     def advance(count: int) -> None:
