@@ -13,7 +13,8 @@ import org.cdcda.app.model.Model;
 
 /** Threads, context, temperature, length. */
 public final class SettingsActivity extends Page {
-    private static final int CONTEXT_STEP = 256;
+    /** The smallest context too: the benchmark's question and answer go into it. */
+    private static final int CONTEXT_STEP = 512;
     private static final int ANSWER_STEP = 32;
     private static final int ANSWER_STEPS = 16;
     private static final float TEMPERATURE_STEP = 0.1f;

@@ -116,7 +116,9 @@ public class ActionsTest {
         controller.pause().stop();
         assertEquals(loads + 1, app().engine.loaded.size());
         assertEquals(1, app().engine.loaded.get(loads).threads());
-        assertEquals(512, app().engine.loaded.get(loads).context());
+        assertEquals(1024, app().engine.loaded.get(loads).context());
+        bars.get(1).setProgress(0);
+        assertTrue(settings.context() >= 256 + 64); // or the benchmark would be refused
     }
 
     private static List<SeekBar> bars(ViewGroup where) {
