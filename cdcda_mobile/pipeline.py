@@ -296,7 +296,9 @@ class Pipeline:
         from cdcda_mobile.dataset import encoding_of
 
         encoding, longest = encoding_of(self.base.file), self.job.train.max_tokens
-        train, validation, directory = self.records("train"), self.records("validation"), stage.begin()
+        train, validation, test = (self.records(name) for name in ("train", "validation", "test"))
+        encoding.probes([*train, *validation, *test], longest)  # a record that cannot be trained on is told before the teacher is paid
+        directory = stage.begin()
         likeness = None
         if self.job.augment.likeness:
             from cdcda_mobile.augmentation.likeness import LikelihoodGain
@@ -305,7 +307,7 @@ class Pipeline:
             likeness = LikelihoodGain(self.base, self.job.user, train, validation, self.job.train, self.job.seed, scratch, self.progress)
         result = augment(
             train=tuple(train),
-            held_out=(*validation, *self.records("test")),
+            held_out=(*validation, *test),
             user=self.job.user,
             config=self.job.augment,
             teacher_config=self.job.teacher,

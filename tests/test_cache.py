@@ -99,6 +99,26 @@ def test_two_who_want_the_same_entry_build_it_once(tmp_path: Path) -> None:
     assert calls == ["once"]
 
 
+def test_who_waits_for_another_says_so_and_only_then(tmp_path: Path) -> None:
+    said: list[str] = []
+    with locked(tmp_path, "free", waiting=lambda: said.append("free")):
+        pass
+    holding, told = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path, "taken"):
+            holding.set()
+            told.wait(20)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    holding.wait(20)
+    with locked(tmp_path, "taken", waiting=lambda: (said.append("taken"), told.set())[0]):
+        pass
+    other.join()
+    assert said == ["taken"]
+
+
 def test_a_folder_that_cannot_be_written_has_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match=r"Cannot write .*file/bases/\w+ .Not a directory.*CDCDA_CACHE"):

@@ -150,6 +150,18 @@ def test_redo_builds_one_stage_anew(finished: Desk, endpoint: FakeEndpoint, runs
     assert len(endpoint.requests) == asked  # the answers are paid for
 
 
+def test_a_record_too_long_to_train_on_is_told_before_the_teacher_is_paid(
+    finished: Desk, endpoint: FakeEndpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    lines = (finished.folder / "history.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    first["input"] = "winch " * 2000
+    (tmp_path / "long.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
+    asked = len(endpoint.requests)
+    assert export_main([*finished.arguments(workspace=tmp_path / "runs"), "--data", str(tmp_path / "long.jsonl")]) == 1
+    assert "tokens, the limit is" in capsys.readouterr().err and len(endpoint.requests) == asked
+
+
 def test_export_only_never_trains(finished: Desk, runs: Path, tmp_path: Path, capsys: Capture) -> None:
     card = card_of(finished.arguments("--export-only", "--quant", "q8_0", workspace=runs), capsys)
     assert card["artifact"]["file"].endswith("gguf-q8_0/model.gguf")

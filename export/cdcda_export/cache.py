@@ -40,7 +40,13 @@ class Entry:
     facts: dict[str, Any]
 
 
-def cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], root: Path | None = None) -> Entry:
+def cached(
+    kind: str,
+    inputs: Mapping[str, Any],
+    build: Callable[[Path], Mapping[str, Any]],
+    root: Path | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> Entry:
     """Return an entry, building it if it is not there or not what it was; two processes that want the same one build it once.
 
     Args:
@@ -48,6 +54,7 @@ def cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping
         inputs: everything that decides the content: hashes, settings, versions. JSON-serialisable.
         build: writes files into the directory it is given (fsynced by whoever writes large ones) and returns facts.
         root: the cache folder, None for the user's.
+        waiting: called when another process builds it already, before we wait for that.
 
     Raises:
         DiskFull: there is no room for it.
@@ -58,7 +65,7 @@ def cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping
     entry = _read(directory)
     if entry is not None:
         return entry
-    with locked(folder, directory.name, _NAME_ANOTHER):
+    with locked(folder, directory.name, _NAME_ANOTHER, waiting):
         entry = _read(directory)  # another process may have finished it between our look and the lock
         if entry is not None:
             return entry
@@ -101,13 +108,16 @@ def _read(directory: Path) -> Entry | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str, advice: str = "name another folder") -> Iterator[None]:
+def locked(
+    folder: Path, name: str, advice: str = "name another folder", waiting: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Hold ``name`` in a folder for this process, waiting for another one that holds it.
 
     Args:
         folder: made if it is not there.
         name: what is held.
         advice: what the user is told to do if the folder cannot be written.
+        waiting: called before we wait for another process.
 
     Raises:
         FileError: the folder cannot be written.
@@ -121,7 +131,12 @@ def locked(folder: Path, name: str, advice: str = "name another folder") -> Iter
     except OSError as error:
         raise _explained(error, folder / name, advice) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

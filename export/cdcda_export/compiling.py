@@ -63,7 +63,9 @@ def compiled(kind: str, inputs: Mapping[str, Any], what: str, progress: Progress
             compiler.clear()
         return facts
 
-    return cached(kind, inputs, build).directory
+    entry = cached(kind, inputs, build, waiting=lambda: progress.start(f"waiting for another process that compiles {what}"))
+    progress.done()
+    return entry.directory
 
 
 @dataclass

@@ -17,9 +17,9 @@ import org.json.JSONObject;
  * pocketpal} measures. Used on the main thread alone.
  */
 public final class Benchmark {
-    static final int PROMPT = 256;
+    public static final int PROMPT = 256;
     static final int ANSWER = 64;
-    static final int REPEATS = 3;
+    public static final int REPEATS = 3;
 
     /** Is told of every measurement. */
     public interface Listener {

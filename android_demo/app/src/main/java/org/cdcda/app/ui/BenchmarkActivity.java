@@ -110,8 +110,8 @@ public final class BenchmarkActivity extends Page implements Benchmark.Listener 
         double decode = benchmark.median(false);
         addResult(R.string.benchmark_prefill, words.text(R.string.tokens_a_second, words.number(prefill)));
         addResult(R.string.benchmark_decode, words.text(R.string.tokens_a_second, words.number(decode)));
-        addResult(R.string.benchmark_first, words.text(R.string.seconds, words.number(256 / prefill + 1 / decode)));
-        if (count > MINUTES.length) {
+        addResult(R.string.benchmark_first, words.text(R.string.seconds, words.number(Benchmark.PROMPT / prefill + 1 / decode)));
+        if (count > Benchmark.REPEATS) {
             addResult(R.string.benchmark_endurance, words.text(R.string.benchmark_endurance_value, words.percent(benchmark.endurance())));
         }
         addResult(R.string.benchmark, words.text(R.string.benchmark_count, count));
