@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, predicted, spread_of
+from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, get_protocol, predicted, spread_of
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
+from cdcda_mobile.phone.measure import windows_of
 from cdcda_mobile.phone.predict import Prediction, Speed
 
 if TYPE_CHECKING:
@@ -89,13 +91,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(given)} exclude each other.")
     if arguments.min_tok_s and not arguments.recommend:
         raise ConfigError("--min-tok-s belongs to --recommend; without it no artifact is picked.")
+    if arguments.context < 1 or not 0 <= arguments.min_tok_s < math.inf:
+        raise ConfigError("--context has to be at least 1, --min-tok-s at least 0.")
+    get_protocol(arguments.protocol, arguments.repeats, arguments.sustained, arguments.threads)
     if arguments.arm and (arguments.phone or arguments.sustained or arguments.threads):
         raise ConfigError("--arm compares numbers, not speeds: leave out --phone, --sustained and --threads.")
 
 
 def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
     progress = choose_progress(arguments.quiet or arguments.json)
-    progress.start(f"measuring {directory}", arguments.repeats + 1 + round(arguments.sustained * 6), "tests")
+    progress.start(f"measuring {directory}", arguments.repeats + 1 + windows_of(arguments.sustained * 60), "tests")
     found = bench(
         artifact,
         arguments.protocol,

@@ -244,6 +244,7 @@ def test_sustained_decode_is_told_in_windows(llama_base: Path, monkeypatch: pyte
     plan = measure.Plan(str(llama_base), "gguf", "", 1, 16, 8, chained=False, repeats=1, sustained=0.1)
     found = measure.measure(plan, lambda step: None)
     assert len(found.windows) == 2 and all(window["tokens"] >= 1 and window["seconds"] >= 0.05 for window in found.windows)
+    assert [measure.windows_of(seconds) for seconds in (0.0, 0.01, 0.05, 0.06)] == [0, 1, 1, 2]
 
 
 def test_sustained_decode_empties_the_cache_after_as_many_tokens_in_every_runtime() -> None:
@@ -363,6 +364,11 @@ def test_the_list_names_every_phone(capsys: Capture) -> None:
         (["runs/none"], "holds no finished artifact"),
         (["x", "--phone", "galaxy-s32"], "Did you mean 'galaxy-s2"),
         (["x", "--min-tok-s", "8"], "--min-tok-s belongs to --recommend"),
+        (["x", "--recommend", "--phone", "pixel-7a", "--min-tok-s", "nan"], "--min-tok-s at least 0"),
+        (["x", "--context", "-1"], "--context has to be at least 1"),
+        (["x", "--repeats", "0"], "--repeats has to be at least 1"),
+        (["x", "--sustained", "nan"], "--sustained and --threads at least 0"),
+        (["x", "--sustained", "inf"], "--sustained and --threads at least 0"),
         (["x", "--arm", "--phone", "galaxy-s23"], "leave out --phone"),
         (["x", "--arm", "--sustained", "1"], "leave out --phone, --sustained"),
         (["x", "--arm", "--threads", "1"], "leave out --phone, --sustained and --threads"),
