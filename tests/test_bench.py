@@ -348,6 +348,15 @@ def test_every_format_is_measured_in_its_runtime(kind: str, exported: Callable[[
     assert json.loads((directory.parent / "bench" / f"{directory.name}-galaxy-s23-pocketpal.json").read_text()) == found
 
 
+def test_what_is_measured_from_inside_an_artifact_is_written_beside_it(
+    exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    directory = exported("gguf-lora")
+    monkeypatch.chdir(directory)
+    assert main(["bench", ".", "--protocol", "pocketpal", "--repeats", "1", "--threads", "1", "--quiet"]) == 0
+    assert not (directory / "bench").exists() and (directory.parent / "bench" / f"{directory.name}-host-pocketpal.json").exists()
+
+
 def test_the_list_names_every_phone(capsys: Capture) -> None:
     assert main(["bench", "--list-phones"]) == 0
     told = capsys.readouterr().out

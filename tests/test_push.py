@@ -56,6 +56,17 @@ def test_a_bundle_arrives_whole_and_the_second_time_nothing_is_sent(
     assert "(1 files sent, 1 were there)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "{}"])
+def test_a_damaged_bundle_in_a_run_is_one_sentence(
+    content: str, phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
+) -> None:
+    directory = exported(tmp_path, llama_base, llama_adapter)
+    (directory / "bundle.json").write_text(content)
+    assert main(["push", "--bundle", str(directory.parent), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"cdcda push: {directory} was changed since it was exported; run cdcda-export again.\n"
+    assert models(phone) == {}
+
+
 def test_the_base_of_a_lora_lies_beside_it_on_the_phone(phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path) -> None:
     directory = exported(tmp_path, llama_base, llama_adapter, format="gguf-lora")
     assert main(["push", "--bundle", str(directory), "--application-id", "org.example.two", "--quiet"]) == 0
