@@ -171,7 +171,7 @@ def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
     if found.measured is None:
         return [head, _OUT_OF_MEMORY]
     lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol])]
-    lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python's 40 MB included")
+    lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python itself included")
     if found.unusable:
         lines.append(f"  NOT TO BE USED: {found.unusable}.")
     return lines
@@ -207,8 +207,8 @@ def _predicted_lines(phone: Phone, prediction: Prediction | None, fit: Fit | Non
     if prediction.decode and prediction.prefill:
         first = tests.prompt / prediction.prefill.expected + 1 / prediction.decode.expected
         lines.append(f"  first token     {duration(first)} after a prompt of {tests.prompt} tokens")
-    basis = "other models were measured on this chip" if prediction.measured else "nobody measured this chip: from its memory and clocks"
-    return [*lines, f"  basis           {basis}, with six threads"]
+    known, others = "other models were measured on this chip, with six threads", "from the chip's memory and clocks: too little was measured on it"
+    return [*lines, f"  basis           {known if prediction.measured else others}"]
 
 
 def _range(speed: Speed | None) -> str:

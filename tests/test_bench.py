@@ -328,6 +328,8 @@ def test_onnx_is_not_calibrated(llama_base: Path) -> None:
     some = Prediction(Speed(10.0, 5.0, 20.0), None, measured=False)
     text = "\n".join(bench_command._predicted_lines(phone, some, Fit("tight", 10, 100), PROTOCOLS["pocketpal"]))
     assert "tight" in text and "10 tok/s, 90 % between 5 and 20" in text and "unknown" in text
+    # One model was measured on the board, with four threads.
+    assert "too little was measured on it" in text and "nobody" not in text and "six threads" not in text
 
 
 # The command.
