@@ -107,6 +107,15 @@ def test_a_cable_that_is_pulled_while_the_phone_copies_leaves_nothing_that_the_a
     assert len(models(phone)) == 3 and not left.exists()
 
 
+@pytest.mark.parametrize("asked", ["pm path", "test -d"])
+def test_a_cable_that_is_pulled_before_is_not_an_app_that_is_missing(
+    asked: str, phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
+) -> None:
+    phone.unplug_at = asked
+    assert main(["push", "--bundle", str(exported(tmp_path, llama_base, llama_adapter)), "--quiet"]) == 1
+    assert "The phone does not answer" in capsys.readouterr().err
+
+
 def test_a_phone_has_to_have_room_for_the_copy_too(phone: FakePhone, tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     with model.open("wb") as stream:
