@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -133,6 +134,16 @@ def test_a_group_of_our_own_is_made_next_to_ours_and_removed(tmp_path: Path, mon
 @pytest.mark.parametrize("own", ["0::/\n", "4:memory:/x\n", "1:cpu,cpuacct:/\n0::/\n"])
 def test_where_no_group_can_be_made_the_process_limits_itself(own: str, tmp_path: Path) -> None:
     assert hold_memory(1_000_000, tmp_path / "nothing", own) == Holder("rlimit", 1_000_000)
+
+
+def test_the_group_of_a_run_that_was_killed_goes_with_the_next_one(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for name in (f"cdcda-bench-{ended.pid}-aa", f"cdcda-bench-{os.getpid()}-bb", f"cdcda-bench-{ended.pid}-cc/busy"):
+        (tmp_path / "memory" / name).mkdir(parents=True)
+    hold_memory(1_000_000, tmp_path, "4:memory:/\n").close()
+    left = sorted(path.name for path in (tmp_path / "memory").glob("cdcda-bench-*-??"))
+    assert left == sorted([f"cdcda-bench-{os.getpid()}-bb", f"cdcda-bench-{ended.pid}-cc"])
 
 
 def test_throttled_periods_are_those_of_our_group_and_of_all_around_it(tmp_path: Path) -> None:
