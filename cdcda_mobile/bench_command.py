@@ -207,7 +207,8 @@ def _predicted_lines(phone: Phone, prediction: Prediction | None, fit: Fit | Non
     if prediction.decode and prediction.prefill:
         first = tests.prompt / prediction.prefill.expected + 1 / prediction.decode.expected
         lines.append(f"  first token     {duration(first)} after a prompt of {tests.prompt} tokens")
-    known, others = "other models were measured on this chip, with six threads", "from the chip's memory and clocks: too little was measured on it"
+    known = "other models were measured on this chip, with six threads"
+    others = "from the chip's memory and clocks: too little was measured on it"
     return [*lines, f"  basis           {known if prediction.measured else others}"]
 
 

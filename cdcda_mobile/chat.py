@@ -31,9 +31,7 @@ def find_artifact(path: Path, formats: Sequence[str] = ()) -> Path:
     found = [
         p.parent
         for p in path.glob(f"*/{BUNDLE}")
-        if (p.parent / MANIFEST).exists()
-        and not p.parent.name.endswith((".partial", ".old"))
-        and (not formats or _format(p) in formats)
+        if (p.parent / MANIFEST).exists() and not p.parent.name.endswith((".partial", ".old")) and (not formats or _format(p) in formats)
     ]
     if not found:
         kind = formats[0] if formats else "gguf"
