@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from cdcda_export.manifest import write_json
 from cdcda_export.progress import choose_progress, progress_of_bytes
 from cdcda_export.runtime import cpu_threads
 from cdcda_mobile.chat import find_artifact, read_artifact
-from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, predicted, spread_of
+from cdcda_mobile.phone.bench import PROTOCOLS, Bench, Fit, Measured, Tests, bench, fit_of, get_protocol, predicted, spread_of
 from cdcda_mobile.phone.classes import Phone, get_phone, phones, sources
+from cdcda_mobile.phone.measure import windows_of
 from cdcda_mobile.phone.predict import Prediction, Speed
 
 if TYPE_CHECKING:
@@ -89,13 +91,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(given)} exclude each other.")
     if arguments.min_tok_s and not arguments.recommend:
         raise ConfigError("--min-tok-s belongs to --recommend; without it no artifact is picked.")
+    if arguments.context < 1 or not 0 <= arguments.min_tok_s < math.inf:
+        raise ConfigError("--context has to be at least 1, --min-tok-s at least 0.")
+    get_protocol(arguments.protocol, arguments.repeats, arguments.sustained, arguments.threads)
     if arguments.arm and (arguments.phone or arguments.sustained or arguments.threads):
         raise ConfigError("--arm compares numbers, not speeds: leave out --phone, --sustained and --threads.")
 
 
 def _on_host(arguments: argparse.Namespace, artifact: Artifact, directory: Path, phone: Phone | None) -> Found:
     progress = choose_progress(arguments.quiet or arguments.json)
-    progress.start(f"measuring {directory}", arguments.repeats + 1 + round(arguments.sustained * 6), "tests")
+    progress.start(f"measuring {directory}", arguments.repeats + 1 + windows_of(arguments.sustained * 60), "tests")
     found = bench(
         artifact,
         arguments.protocol,
@@ -166,7 +171,7 @@ def _host_lines(found: Bench, phone: Phone | None) -> list[str]:
     if found.measured is None:
         return [head, _OUT_OF_MEMORY]
     lines = [head, *_speed_lines(found.measured, PROTOCOLS[found.protocol])]
-    lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python's 40 MB included")
+    lines.append(f"  peak memory     {size(found.measured.peak_rss)}, Python itself included")
     if found.unusable:
         lines.append(f"  NOT TO BE USED: {found.unusable}.")
     return lines
@@ -202,8 +207,9 @@ def _predicted_lines(phone: Phone, prediction: Prediction | None, fit: Fit | Non
     if prediction.decode and prediction.prefill:
         first = tests.prompt / prediction.prefill.expected + 1 / prediction.decode.expected
         lines.append(f"  first token     {duration(first)} after a prompt of {tests.prompt} tokens")
-    basis = "other models were measured on this chip" if prediction.measured else "nobody measured this chip: from its memory and clocks"
-    return [*lines, f"  basis           {basis}, with six threads"]
+    known = "other models were measured on this chip, with six threads"
+    others = "from the chip's memory and clocks: too little was measured on it"
+    return [*lines, f"  basis           {known if prediction.measured else others}"]
 
 
 def _range(speed: Speed | None) -> str:

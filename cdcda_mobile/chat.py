@@ -24,22 +24,27 @@ def find_artifact(path: Path, formats: Sequence[str] = ()) -> Path:
         formats: what an artifact inside a run may be; empty for anything.
 
     Raises:
-        FileError: there is none.
+        FileError: there is none, or one of the run was changed.
     """
     if (path / BUNDLE).exists():
-        return path
+        return path if path.name else path.absolute()  # a dot has no name and no run around it
     found = [
         p.parent
         for p in path.glob(f"*/{BUNDLE}")
-        if (p.parent / MANIFEST).exists()
-        and not p.parent.name.endswith((".partial", ".old"))
-        and (not formats or json.loads(p.read_text(encoding="utf-8")).get("format") in formats)
+        if (p.parent / MANIFEST).exists() and not p.parent.name.endswith((".partial", ".old")) and (not formats or _format(p) in formats)
     ]
     if not found:
         kind = formats[0] if formats else "gguf"
         what = f"finished {' or '.join(formats)} artifact" if formats else "finished artifact"
         raise FileError(f"{path} holds no {what}; make one with `cdcda-export --user {path.name} --format {kind}`.")
     return max(found, key=lambda directory: (directory / MANIFEST).stat().st_mtime)
+
+
+def _format(bundle: Path) -> str:
+    try:
+        return str(json.loads(bundle.read_text(encoding="utf-8"))["format"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(f"{bundle.parent} was changed since it was exported; run cdcda-export again.") from error
 
 
 def read_artifact(directory: Path) -> Artifact:

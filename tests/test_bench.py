@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -135,6 +136,16 @@ def test_where_no_group_can_be_made_the_process_limits_itself(own: str, tmp_path
     assert hold_memory(1_000_000, tmp_path / "nothing", own) == Holder("rlimit", 1_000_000)
 
 
+def test_the_group_of_a_run_that_was_killed_goes_with_the_next_one(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for name in (f"cdcda-bench-{ended.pid}-aa", f"cdcda-bench-{os.getpid()}-bb", f"cdcda-bench-{ended.pid}-cc/busy"):
+        (tmp_path / "memory" / name).mkdir(parents=True)
+    hold_memory(1_000_000, tmp_path, "4:memory:/\n").close()
+    left = sorted(path.name for path in (tmp_path / "memory").glob("cdcda-bench-*-??"))
+    assert left == sorted([f"cdcda-bench-{os.getpid()}-bb", f"cdcda-bench-{ended.pid}-cc"])
+
+
 def test_throttled_periods_are_those_of_our_group_and_of_all_around_it(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 3\n")
@@ -244,6 +255,7 @@ def test_sustained_decode_is_told_in_windows(llama_base: Path, monkeypatch: pyte
     plan = measure.Plan(str(llama_base), "gguf", "", 1, 16, 8, chained=False, repeats=1, sustained=0.1)
     found = measure.measure(plan, lambda step: None)
     assert len(found.windows) == 2 and all(window["tokens"] >= 1 and window["seconds"] >= 0.05 for window in found.windows)
+    assert [measure.windows_of(seconds) for seconds in (0.0, 0.01, 0.05, 0.06)] == [0, 1, 1, 2]
 
 
 def test_sustained_decode_empties_the_cache_after_as_many_tokens_in_every_runtime() -> None:
@@ -327,6 +339,8 @@ def test_onnx_is_not_calibrated(llama_base: Path) -> None:
     some = Prediction(Speed(10.0, 5.0, 20.0), None, measured=False)
     text = "\n".join(bench_command._predicted_lines(phone, some, Fit("tight", 10, 100), PROTOCOLS["pocketpal"]))
     assert "tight" in text and "10 tok/s, 90 % between 5 and 20" in text and "unknown" in text
+    # One model was measured on the board, with four threads.
+    assert "too little was measured on it" in text and "nobody" not in text and "six threads" not in text
 
 
 # The command.
@@ -347,6 +361,15 @@ def test_every_format_is_measured_in_its_runtime(kind: str, exported: Callable[[
     assert json.loads((directory.parent / "bench" / f"{directory.name}-galaxy-s23-pocketpal.json").read_text()) == found
 
 
+def test_what_is_measured_from_inside_an_artifact_is_written_beside_it(
+    exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    directory = exported("gguf-lora")
+    monkeypatch.chdir(directory)
+    assert main(["bench", ".", "--protocol", "pocketpal", "--repeats", "1", "--threads", "1", "--quiet"]) == 0
+    assert not (directory / "bench").exists() and (directory.parent / "bench" / f"{directory.name}-host-pocketpal.json").exists()
+
+
 def test_the_list_names_every_phone(capsys: Capture) -> None:
     assert main(["bench", "--list-phones"]) == 0
     told = capsys.readouterr().out
@@ -363,6 +386,11 @@ def test_the_list_names_every_phone(capsys: Capture) -> None:
         (["runs/none"], "holds no finished artifact"),
         (["x", "--phone", "galaxy-s32"], "Did you mean 'galaxy-s2"),
         (["x", "--min-tok-s", "8"], "--min-tok-s belongs to --recommend"),
+        (["x", "--recommend", "--phone", "pixel-7a", "--min-tok-s", "nan"], "--min-tok-s at least 0"),
+        (["x", "--context", "-1"], "--context has to be at least 1"),
+        (["x", "--repeats", "0"], "--repeats has to be at least 1"),
+        (["x", "--sustained", "nan"], "--sustained and --threads at least 0"),
+        (["x", "--sustained", "inf"], "--sustained and --threads at least 0"),
         (["x", "--arm", "--phone", "galaxy-s23"], "leave out --phone"),
         (["x", "--arm", "--sustained", "1"], "leave out --phone, --sustained"),
         (["x", "--arm", "--threads", "1"], "leave out --phone, --sustained and --threads"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+import select
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -233,6 +236,22 @@ def test_what_is_missing_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="apt install qemu-user-static"):
         qemu()
+
+
+def test_what_runs_under_qemu_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
+    player = tmp_path / "qemu"
+    player.write_text("#!/bin/sh\necho here\nexec sleep 60\n")
+    player.chmod(0o755)
+    command = (
+        "import pathlib, subprocess, sys; from cdcda_mobile.phone import emulated; emulated.qemu = lambda: pathlib.Path(sys.argv[1]);"
+        "subprocess.run(emulated._arm('arm64-v8'))"
+    )
+    with subprocess.Popen([sys.executable, "-c", command, str(player)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.kill()
+        ended, *_ = select.select([process.stdout], [], [], 20)  # nobody holds its other end any more
+    assert ended and process.returncode == -signal.SIGKILL
 
 
 def test_an_engine_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:

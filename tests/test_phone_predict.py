@@ -85,6 +85,7 @@ def test_what_is_not_known_is_not_told() -> None:
 def test_the_coefficients_are_what_the_published_measurements_give(shared_data: Path) -> None:
     import phone_prediction
 
+    assert coefficients()["source"] == phone_prediction.SOURCE
     rows = phone_prediction.measurements(shared_data)
     for name, kind in phone_prediction.KINDS.items():
         made, _, _ = phone_prediction.shipped_of(rows, kind)

@@ -56,6 +56,17 @@ def test_a_bundle_arrives_whole_and_the_second_time_nothing_is_sent(
     assert "(1 files sent, 1 were there)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "{}"])
+def test_a_damaged_bundle_in_a_run_is_one_sentence(
+    content: str, phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
+) -> None:
+    directory = exported(tmp_path, llama_base, llama_adapter)
+    (directory / "bundle.json").write_text(content)
+    assert main(["push", "--bundle", str(directory.parent), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"cdcda push: {directory} was changed since it was exported; run cdcda-export again.\n"
+    assert models(phone) == {}
+
+
 def test_the_base_of_a_lora_lies_beside_it_on_the_phone(phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path) -> None:
     directory = exported(tmp_path, llama_base, llama_adapter, format="gguf-lora")
     assert main(["push", "--bundle", str(directory), "--application-id", "org.example.two", "--quiet"]) == 0
@@ -94,6 +105,15 @@ def test_a_cable_that_is_pulled_while_the_phone_copies_leaves_nothing_that_the_a
     phone.unplug_at = ""
     assert main(["push", "--bundle", str(directory), "--quiet"]) == 0
     assert len(models(phone)) == 3 and not left.exists()
+
+
+@pytest.mark.parametrize("asked", ["pm path", "test -d"])
+def test_a_cable_that_is_pulled_before_is_not_an_app_that_is_missing(
+    asked: str, phone: FakePhone, tmp_path: Path, llama_base: Path, llama_adapter: Path, capsys: Capture
+) -> None:
+    phone.unplug_at = asked
+    assert main(["push", "--bundle", str(exported(tmp_path, llama_base, llama_adapter)), "--quiet"]) == 1
+    assert "The phone does not answer" in capsys.readouterr().err
 
 
 def test_a_phone_has_to_have_room_for_the_copy_too(phone: FakePhone, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ predicted.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def get_protocol(name: str, repeats: int, sustained: float, threads: int) -> Tes
     """
     if name not in PROTOCOLS:
         raise ConfigError(f"There is no protocol '{name}'.{did_you_mean(name, PROTOCOLS)}")
-    if repeats < 1 or sustained < 0 or threads < 0:
+    if repeats < 1 or threads < 0 or not 0 <= sustained < math.inf:
         raise ConfigError("--repeats has to be at least 1, --sustained and --threads at least 0.")
     return PROTOCOLS[name]
 

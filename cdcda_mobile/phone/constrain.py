@@ -117,6 +117,10 @@ def _parents(root: Path, own: str) -> Iterator[tuple[Path, int]]:
 
 
 def _group(parent: Path, version: int, memory: int) -> Holder | None:
+    for left in parent.glob(f"{_NAME}-*"):  # of a run that was killed; the kernel refuses where a process is in it
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            with suppress(OSError):
+                left.rmdir()
     directory = parent / f"{_NAME}-{os.getpid()}-{secrets.token_hex(4)}"
     limits = {"memory.max": memory, "memory.swap.max": 0} if version == 2 else {"memory.limit_in_bytes": memory, "memory.swappiness": 0}
     first = next(iter(limits))

@@ -73,19 +73,24 @@ class Device:
         Raises:
             DeviceError: it failed, or the phone is gone.
         """
-        with _explained():
-            done = self._adb.shell2(command, timeout=_TIMEOUT_S)
+        done = self._ask(command)
         if done.returncode:
             said = done.output.strip().splitlines()
             raise DeviceError(f"The phone refused `{command[:60]}`: {said[-1] if said else f'exit status {done.returncode}'}.")
         return str(done.output).strip()
 
     def try_run(self, command: str) -> str:
-        """Run a shell command; return '' where it fails."""
-        try:
-            return self.run(command)
-        except DeviceError:
-            return ""
+        """Run a shell command; return '' where it fails.
+
+        Raises:
+            DeviceError: the phone is gone.
+        """
+        done = self._ask(command)
+        return "" if done.returncode else str(done.output).strip()
+
+    def _ask(self, command: str) -> Any:
+        with _explained():
+            return self._adb.shell2(command, timeout=_TIMEOUT_S)
 
     def stream(self, command: str, line: Callable[[str], None]) -> int:
         """Run a shell command, give every line as it comes, and return its exit status.

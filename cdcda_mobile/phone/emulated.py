@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import platform
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -113,7 +115,7 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
         ExportError: the engine failed.
     """
     check_variant(variant)
-    arm = [str(qemu()), "-cpu", CPUS[variant]]
+    arm = _arm(variant)
     with TemporaryDirectory(prefix="cdcda-emulated-") as place:
         text, logits = Path(place) / "text.txt", Path(place) / "logits"
         paragraphs = neutral_texts()
@@ -139,6 +141,12 @@ def emulate(model: Path, engine: Path, variant: str, prompts: Sequence[str], ste
     return Emulated(variant, CPUS[variant], positions, found[0], found[1], equal[0], equal[1], [len(one) for one in ours])
 
 
+def _arm(variant: str) -> list[str]:
+    """Return how to start a program of a variant; it ends with this process, however that ends."""
+    bound = [sys.executable, "-P", "-m", "cdcda_mobile.teachers.bound", str(os.getpid())]
+    return [*bound, str(qemu()), "-cpu", CPUS[variant]]
+
+
 def _host(engine: Path) -> list[str]:
     """Return how to start this machine's llama-perplexity."""
     variant = {"x86_64": "x86_64", "aarch64": "arm64-v8"}.get(platform.machine(), "")
@@ -152,7 +160,7 @@ def _say(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-        raise ExportError(f"{Path(command[0]).name} ended with {done.returncode}: {said[-1][:200] if said else 'nothing was said'}")
+        raise ExportError(f"{PERPLEXITY} ended with {done.returncode}: {said[-1][:200] if said else 'nothing was said'}")
     return f"{done.stdout}\n{done.stderr}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import random
 import sys
@@ -253,7 +254,7 @@ def _sustain(
 ) -> None:
     """Decode without a pause."""
     seen = SUSTAINED_TOKENS
-    for _ in range(round(plan.sustained / _WINDOW_S)):
+    for _ in range(windows_of(plan.sustained)):
         spent, count = 0.0, 0
         while spent < _WINDOW_S:
             if seen == SUSTAINED_TOKENS:
@@ -263,6 +264,11 @@ def _sustain(
             seen, count = seen + 1, count + 1
         found.windows.append({"tokens": count, "seconds": spent})
         say("window")
+
+
+def windows_of(sustained: float) -> int:
+    """Return how many windows so many seconds of sustained decode have; what was asked for is never nothing."""
+    return math.ceil(sustained / _WINDOW_S)
 
 
 def _status(name: str) -> int:

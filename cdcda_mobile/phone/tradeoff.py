@@ -279,7 +279,7 @@ def _against(row: Row, least: float) -> str:
 
 def _lost(row: Row) -> str:
     kept = row.quality.kept
-    return "how much of the person it keeps was not measured" if kept is None else f"keeps {kept:.0%} of the personal gain"
+    return "how much of the person it keeps was not measured" if kept is None else f"keeps {kept:.1%} of the personal gain"
 
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 420, 64, 40, 56
