@@ -108,9 +108,7 @@ def _read(directory: Path) -> Entry | None:
 
 
 @contextlib.contextmanager
-def locked(
-    folder: Path, name: str, advice: str = "name another folder", waiting: Callable[[], None] | None = None
-) -> Iterator[None]:
+def locked(folder: Path, name: str, advice: str = "name another folder", waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold ``name`` in a folder for this process, waiting for another one that holds it.
 
     Args:
