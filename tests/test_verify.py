@@ -18,6 +18,7 @@ from cdcda_export.errors import ConfigError, ExportError, VerificationFailed
 from cdcda_export.gates import get_gate
 from cdcda_export.progress import Silent
 from cdcda_export.recipe import ExportConfig
+from cdcda_export.runtime import LlamaCpp, keep_log_to_ourselves, last_words
 from cdcda_export.verify import Verification, log_softmax, make_probe, neutral_texts, nll_of, paragraphs
 from tiny import make_adapter, make_gguf
 
@@ -151,3 +152,9 @@ def test_artifact_card_names_the_final_place(case: tuple[Base, Adapter], tmp_pat
     base, adapter = case
     made: Artifact = write_artifact(Order(base, adapter, CONFIG, tmp_path, tmp_path), Silent())
     assert made.as_card(Path("runs/42/gguf-q8_0"))["file"] == "runs/42/gguf-q8_0/model.gguf"
+
+
+def test_the_log_is_quiet_again_after_somebody_heard_it_aloud(llama_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_log_to_ourselves(aloud=True)
+    LlamaCpp(llama_base, vocab_only=True).close()  # which llama.cpp warns of, and a new model asks for silence
+    assert capsys.readouterr().err == "" and last_words()

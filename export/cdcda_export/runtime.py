@@ -22,13 +22,20 @@ _log: list[str] = []
 _WARNING, _ERROR = 3, 4  # levels of ggml's log
 
 
-@cache
-def keep_log_to_ourselves(aloud: bool = False) -> Any:
+def keep_log_to_ourselves(aloud: bool = False) -> None:
     """Route llama.cpp's log into a short list: it says why a load failed, and never speaks on the user's screen.
 
     Args:
         aloud: repeat warnings and errors on standard error, for a child whose parent reads them: where it crashes, they tell why.
     """
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_listener(aloud), None)
+
+
+@cache
+def _listener(aloud: bool) -> Any:
+    """Return the callback; the cache keeps it alive, for llama.cpp holds only a pointer."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback
@@ -39,8 +46,7 @@ def keep_log_to_ourselves(aloud: bool = False) -> Any:
             if aloud and level in (_WARNING, _ERROR):
                 sys.stderr.write(f"{_log[-1]}\n")
 
-    llama_cpp.llama_log_set(remember, None)
-    return remember  # kept alive by the cache: llama.cpp holds only a pointer
+    return remember
 
 
 def last_words() -> list[str]:
