@@ -14,6 +14,7 @@ from pathlib import Path
 from cdcda_export.base import default_base
 from cdcda_export.cache import cache_folder
 from cdcda_export.card_values import size
+from cdcda_export.compiling import WITHOUT_AMX
 from cdcda_export.errors import CdcdaError
 from cdcda_export.runtime import cpu_threads
 
@@ -42,7 +43,7 @@ _PARTS = {
 # One product of the default base in a process of its own: a llama.cpp that this processor cannot run dies without a word.
 _COMPUTE = "import sys, pathlib, cdcda_export.runtime as r; r.LlamaCpp(pathlib.Path(sys.argv[1]), 64).logits([1, 2, 3])"
 _COMPILE_AGAIN = (
-    "CXXFLAGS=-U__AMX_INT8__ CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install --force-reinstall --no-deps --no-cache-dir "
+    f"CXXFLAGS={WITHOUT_AMX} CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install --force-reinstall --no-deps --no-cache-dir "
     "--no-binary llama-cpp-python llama-cpp-python"
 )
 

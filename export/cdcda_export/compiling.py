@@ -37,8 +37,10 @@ CMAKE = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_BUILD_APP=OFF",
 )
-# For this machine alone. Without AMX: what a GCC older than 12.4 or 13.3 (its bug 114098) makes of that code crashes in the first product.
-NATIVE = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
+# What a GCC older than 12.4 or 13.3 (its bug 114098) makes of llama.cpp's AMX code crashes in the first product.
+WITHOUT_AMX = "-U__AMX_INT8__"
+# For this machine alone.
+NATIVE = ("-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", f"-DCMAKE_CXX_FLAGS={WITHOUT_AMX}")
 _UNUSED = ("docs", "media", "models")  # half of the sources by size
 
 
